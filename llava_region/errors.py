@@ -1,0 +1,9 @@
+"""Errors that a user can mend: shown as one line, `error: ...`, with exit code 2."""
+
+
+class LlavaRegionError(ValueError):
+    """Bad input. The message says what was given, what is allowed and how to mend it, in one line."""
+
+
+class UnsupportedUpstream(LlavaRegionError):
+    """The installed LLaVA or Bunny lacks a symbol that a hook needs, or has it with another signature."""

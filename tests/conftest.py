@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: tiny models on disk, made once a session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from llava_region.tiny import TinyFiles, write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyFiles:
+    """A random backbone of 8 decoder layers, a CLIP tower, and easy-vqa data. Never write into it."""
+    pytest.importorskip("easy_vqa")
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def llava_checkpoint(tiny, tmp_path_factory):
+    """A full LLaVA checkpoint folder (`llava-tiny`), projector included, saved by upstream's own classes. Never write into it."""
+    pytest.importorskip("llava.model")
+    from tests.checkpoints import write_llava_checkpoint
+
+    return write_llava_checkpoint(tiny, tmp_path_factory.mktemp("full") / "llava-tiny")
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny, tmp_path_factory):
+    """Output folder of a LoRA run on layers 1 and 6 (name contains `lora`), in upstream's layout. Base: `tiny.backbone`."""
+    pytest.importorskip("llava.model")
+    from tests.checkpoints import write_lora_run
+
+    return write_lora_run(tiny, tmp_path_factory.mktemp("run") / "llava-tiny-lora", layers=(1, 6))
