@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pkgutil import iter_modules
 
 import typer
 
-from llava_region import __version__
+from llava_region import __version__, commands
 from llava_region.errors import LlavaRegionError
 
-COMMANDS = ("layers", "subset", "doctor", "score", "merge", "revert", "perplexity", "prune", "eval", "report")
 # click's base error, whichever of typer's own or an installed click this typer was built on
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -31,8 +31,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
-for _name in COMMANDS:
-    app.command(_name)(import_module(f"llava_region.commands.{_name}").command)
+for _module in iter_modules(commands.__path__):
+    app.command(_module.name)(import_module(f"llava_region.commands.{_module.name}").command)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -223,7 +223,8 @@ def _block(start):
     def layers(count: int, num_layers: int, spec: str) -> range:
         first = start(count, num_layers)
         if first + count > num_layers:
-            raise LlavaRegionError(f"'{spec}' starts at layer {first}, which leaves {num_layers - first} layers; allowed: 1 to {num_layers - first}")
+            left = num_layers - first
+            raise LlavaRegionError(f"'{spec}' starts at layer {first} of {num_layers}; allowed: 1 to {left} layers")
         return range(first, first + count)
 
     return layers
@@ -256,8 +257,9 @@ def _from_scores(cls, spec: str, num_layers: int) -> Region:
         raise LlavaRegionError(f"there is no scores file {path} (from '{spec}'); write one with 'llava-region score'")
     values = read_scores(path, metric, num_layers)
     count = parse_count(parts[-1], num_layers, spec)
-    blocks = [range(i * num_layers // count, (i + 1) * num_layers // count) for i in range(count)] if spread else None
-    best = [max(b, key=lambda i: (values[i], -i)) for b in blocks] if spread else sorted(range(num_layers), key=lambda i: (-values[i], i))[:count]
+    blocks = [range(i * num_layers // count, (i + 1) * num_layers // count) for i in range(count)]
+    ranked = sorted(range(num_layers), key=lambda layer: (-values[layer], layer))
+    best = [min(block, key=ranked.index) for block in blocks] if spread else ranked[:count]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     source = {"file": str(path), "sha256": digest, "metric": metric, "spread": spread}
     return cls(tuple(sorted(best)), num_layers, spec, source)
