@@ -1,0 +1,47 @@
+"""Answers files in LLaVA's form: one JSON object a line with `question_id`, `prompt` and `text`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+
+from llava_region.errors import LlavaRegionError
+from llava_region.tasks.task import Example, Task, read_jsonl
+
+
+def read(path: str | Path) -> list[dict]:
+    """The rows of an answers file.
+
+    Raises:
+        LlavaRegionError: it is missing, or a line is not a JSON object with `question_id` and a string `text`.
+    """
+    rows = read_jsonl(Path(path))
+    for number, row in enumerate(rows, 1):
+        if "question_id" not in row or not isinstance(row.get("text"), str):
+            raise LlavaRegionError(f'{path} row {number} lacks "question_id" or a string "text", as LLaVA\'s answers files have them')
+    return rows
+
+
+def pair(task: Task, examples: list[Example], rows: list[dict]) -> dict[Hashable, str]:
+    """Answers by the key of the question they answer; rows of no question are left out, a repeated question's last row counts.
+
+    Raises:
+        LlavaRegionError: there are rows, and none answers a question of the task.
+    """
+    keys: dict[Hashable, Hashable] = {}
+    for example in examples:
+        key = task.key_of(example)
+        keys.update(dict.fromkeys((key, *example.aliases), key))
+    answers = {keys[key]: row["text"] for row in rows if (key := task.key(row)) in keys}
+    if rows and not answers:
+        raise LlavaRegionError(
+            f"none of the {len(rows)} answers is to a question of {task.name} (first question_id: {rows[0]['question_id']!r}, "
+            f"the task's: {examples[0].question_id!r}); give the answers file of this task"
+        )
+    return answers
+
+
+def texts(task: Task, examples: list[Example], answers: dict[Hashable, str]) -> tuple[list[str], int]:
+    """Answers in the examples' order, "" where there is none, and how many there were none for."""
+    found = [answers.get(task.key_of(example)) for example in examples]
+    return ["" if text is None else text for text in found], sum(text is None for text in found)
