@@ -1,0 +1,179 @@
+# shellcheck shell=bash disable=SC2153 # MODEL and MODEL_FLAGS come from the launcher
+# Shared by the launchers beside it (sourced, not run): the paper's recipe, from settings to one command line.
+#
+# A launcher sets FAMILY, NAME, MODEL, VISION_TOWER, PROJECTOR, DATA, IMAGES, TEMPLATE, RECIPE_BATCH, MAX_LENGTH and
+# MODEL_FLAGS, sources this file and calls `launch "$@"`. From the environment:
+#   MODEL VISION_TOWER DATA IMAGES     folders or hub names of the backbone and tower, the data file, the image folder
+#   PROJECTOR                          pretrained mm_projector.bin; set but empty: none (MODEL has one, or start afresh)
+#   OUT                                output folder; the default is named after the model, MODE and TUNE_LAYERS
+#   TUNE_LAYERS=sparse:25%             the visual region, as in `llava-region layers --help`
+#   MODE=lora|qlora|full               LoRA, LoRA on a 4-bit backbone, or the region's own weights
+#   NUM_GPUS                           on this node; default: all that are visible
+#   BATCH                              samples per device and pass; default: the paper's, or less where there are more GPUs
+#   GLOBAL_BATCH=128                   samples per optimizer step over all GPUs; the paper's for every model
+#   SAVE_STEPS=500                     optimizer steps between checkpoints
+#   ZERO=zero3|zero2|zero3_offload|none|FILE.json   QLoRA: zero2 or none
+#   LAUNCHER=deepspeed|torchrun|python   several nodes: torchrun; python: one process on one GPU
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: the same command on each, with its own NODE_RANK
+#   TRAIN_SCRIPT                       path of an upstream train script, to take its attention implementation (train_mem.py)
+#   BUNNY_ROOT                         a Bunny checkout, where Bunny is not installed
+#   PYTHON=python                      the interpreter that has everything installed
+#   DRY_RUN=1                          print the command, quoted for the shell, on one line, and stop
+# Flags after the launcher's name are put last, so they override everything here.
+
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+MODE=${MODE:-lora}
+TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
+GLOBAL_BATCH=${GLOBAL_BATCH:-128}
+SAVE_STEPS=${SAVE_STEPS:-500}
+NNODES=${NNODES:-1}
+PYTHON=${PYTHON:-python}
+TRAIN_SCRIPT=${TRAIN_SCRIPT:-$FAMILY}
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+whole_number() { # NAME VALUE LEAST
+    [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || die "$1 is '$2'; allowed: a whole number, at least $3"
+}
+
+visible_gpus() {
+    local found=1
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+    elif command -v nvidia-smi >/dev/null; then
+        found=$(nvidia-smi --list-gpus | wc -l)
+    fi
+    echo $((found > 0 ? found : 1))
+}
+
+# LoRA runs need both the family's name and "lora" in the folder's name: upstream's loader goes by it.
+choose_output() {
+    local region=${TUNE_LAYERS##*/}
+    region=${region//%/pct}
+    OUT=${OUT:-checkpoints/$NAME-$MODE-${region//[^A-Za-z0-9.]/-}}
+    local folder
+    folder=$(basename "$OUT")
+    folder=${folder,,}
+    [[ $folder == *"$FAMILY"* ]] || die "OUT is '$OUT'; upstream's loader needs '$FAMILY' in the folder's name"
+    case $MODE in
+        lora | qlora) [[ $folder == *lora* ]] || die "OUT is '$OUT'; upstream's loader needs 'lora' in the name of a LoRA run" ;;
+        full) [[ $folder != *lora* ]] || die "OUT is '$OUT'; upstream's loader takes it for a LoRA run: leave 'lora' out of the name" ;;
+    esac
+}
+
+# Per-device batch and accumulation that make GLOBAL_BATCH on all GPUs, the batch as large as the paper's or smaller.
+choose_batch() {
+    NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
+    whole_number NUM_GPUS "$NUM_GPUS" 1
+    whole_number NNODES "$NNODES" 1
+    whole_number GLOBAL_BATCH "$GLOBAL_BATCH" 1
+    local gpus=$((NUM_GPUS * NNODES))
+    ((GLOBAL_BATCH % gpus == 0)) ||
+        die "a global batch of $GLOBAL_BATCH cannot be shared evenly by $gpus GPUs; choose NUM_GPUS x NNODES among its divisors"
+    local per_gpu=$((GLOBAL_BATCH / gpus))
+    if [[ -z ${BATCH:-} ]]; then
+        BATCH=$((RECIPE_BATCH < per_gpu ? RECIPE_BATCH : per_gpu))
+        while ((per_gpu % BATCH)); do BATCH=$((BATCH - 1)); done
+    fi
+    whole_number BATCH "$BATCH" 1
+    ((per_gpu % BATCH == 0)) || die "BATCH is $BATCH, but $gpus GPUs take $per_gpu samples each; allowed: the divisors of $per_gpu"
+    ACCUMULATION=$((per_gpu / BATCH))
+}
+
+choose_zero() {
+    local default=zero3
+    [[ $MODE == qlora ]] && default=zero2
+    ZERO=${ZERO:-$default}
+    case $ZERO in
+        none) ZERO_FLAGS=() ;;
+        *.json) ZERO_FLAGS=(--deepspeed "$ZERO") ;;
+        *) ZERO_FLAGS=(--deepspeed "$SCRIPTS/deepspeed/$ZERO.json") ;;
+    esac
+    [[ $ZERO == none || -f ${ZERO_FLAGS[1]} ]] || die "ZERO is '$ZERO'; allowed: zero2, zero3, zero3_offload, none or a DeepSpeed config FILE.json"
+    # bitsandbytes' packed 4-bit weights cannot be partitioned between the GPUs.
+    [[ $MODE != qlora || $ZERO != *zero3* ]] || die "QLoRA does not work with ZeRO-3; allowed with MODE=qlora: ZERO=zero2 or none"
+}
+
+choose_mode() {
+    local lora=(--lora_enable True --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --learning_rate 2e-4 --mm_projector_lr 2e-5)
+    case $MODE in
+        lora) MODE_FLAGS=("${lora[@]}") ;;
+        qlora) MODE_FLAGS=("${lora[@]}" --bits 4) ;;
+        full) MODE_FLAGS=(--learning_rate 2e-5) ;; # upstream's rate for full tuning; the projector's too
+        *) die "MODE is '$MODE'; allowed: lora, qlora, full" ;;
+    esac
+}
+
+# What stands before the module's own arguments. `python -m` finds the launchers of the interpreter that was asked for.
+choose_launcher() {
+    local default=deepspeed
+    ((NNODES > 1)) && default=torchrun
+    LAUNCHER=${LAUNCHER:-$default}
+    case $LAUNCHER in
+        deepspeed)
+            ((NNODES == 1)) || die "several nodes are started with torchrun; leave LAUNCHER out or set LAUNCHER=torchrun"
+            LAUNCH=(-m deepspeed.launcher.runner)
+            # --num_gpus would count from GPU 0, whatever CUDA_VISIBLE_DEVICES says
+            if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+                LAUNCH+=(--include "localhost:$(cut -d, -f"1-$NUM_GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
+            else
+                LAUNCH+=(--num_gpus "$NUM_GPUS")
+            fi
+            [[ -z ${MASTER_PORT:-} ]] || LAUNCH+=(--master_port "$MASTER_PORT")
+            LAUNCH+=(--module)
+            ;;
+        torchrun)
+            LAUNCH=(-m torch.distributed.run --nproc_per_node "$NUM_GPUS")
+            if ((NNODES > 1)); then
+                [[ -n ${MASTER_ADDR:-} ]] || die "MASTER_ADDR is not set; give every node the address of node 0"
+                whole_number NODE_RANK "${NODE_RANK:-}" 0
+                ((NODE_RANK < NNODES)) || die "NODE_RANK is $NODE_RANK; allowed: 0 to $((NNODES - 1))"
+                LAUNCH+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+                LAUNCH+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+            elif [[ -n ${MASTER_PORT:-} ]]; then
+                LAUNCH+=(--master_port "$MASTER_PORT")
+            else
+                LAUNCH+=(--standalone) # any free port
+            fi
+            LAUNCH+=(-m)
+            ;;
+        python)
+            ((NUM_GPUS * NNODES == 1)) || die "LAUNCHER=python is one process; with more GPUs use deepspeed or torchrun"
+            LAUNCH=(-m)
+            ;;
+        *) die "LAUNCHER is '$LAUNCHER'; allowed: deepspeed, torchrun, python" ;;
+    esac
+    LAUNCH=("$PYTHON" "${LAUNCH[@]}")
+    [[ $FAMILY != bunny || -z ${BUNNY_ROOT:-} ]] || LAUNCH=(env "PYTHONPATH=$BUNNY_ROOT${PYTHONPATH:+:$PYTHONPATH}" "${LAUNCH[@]}")
+}
+
+launch() {
+    choose_mode
+    choose_output
+    choose_batch
+    choose_zero
+    choose_launcher
+    local command=("${LAUNCH[@]}" llava_region.train "$TRAIN_SCRIPT" --tune_layers "$TUNE_LAYERS")
+    command+=("${MODE_FLAGS[@]}" "${ZERO_FLAGS[@]}" --model_name_or_path "$MODEL" --version "$TEMPLATE" "${MODEL_FLAGS[@]}")
+    command+=(--data_path "$DATA" --image_folder "$IMAGES" --image_aspect_ratio pad --lazy_preprocess True)
+    command+=(--vision_tower "$VISION_TOWER" --mm_projector_type mlp2x_gelu)
+    [[ -z $PROJECTOR ]] || command+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
+    command+=(--output_dir "$OUT" --num_train_epochs 1 --model_max_length "$MAX_LENGTH")
+    command+=(--per_device_train_batch_size "$BATCH" --gradient_accumulation_steps "$ACCUMULATION")
+    command+=(--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine)
+    command+=(--bf16 True --tf32 True --gradient_checkpointing True --dataloader_num_workers 4)
+    # one checkpoint is kept, so that a lost node or a full queue costs at most SAVE_STEPS
+    command+=(--evaluation_strategy no --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1)
+    command+=(--logging_steps 1 --report_to none "$@")
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q' "${command[0]}"
+        printf ' %q' "${command[@]:1}"
+        echo
+        return
+    fi
+    exec "${command[@]}"
+}

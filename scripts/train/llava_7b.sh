@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# LLaVA-1.5-7B (Vicuna-1.5-7B, CLIP ViT-L/14-336) on the 665k mixture, 16 x 1 x 8 GPUs. Settings: see common.sh.
+set -euo pipefail
+FAMILY=llava
+NAME=llava-v1.5-7b
+MODEL=${MODEL:-lmsys/vicuna-7b-v1.5}
+VISION_TOWER=${VISION_TOWER:-openai/clip-vit-large-patch14-336}
+PROJECTOR=${PROJECTOR-checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin}
+DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
+IMAGES=${IMAGES:-playground/data}
+TEMPLATE=v1
+RECIPE_BATCH=16
+MAX_LENGTH=2048
+MODEL_FLAGS=(--mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --group_by_modality_length True)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+launch "$@"
