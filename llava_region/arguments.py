@@ -1,0 +1,76 @@
+"""The flags that are added to the upstream TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from llava_region.errors import LlavaRegionError
+
+
+@dataclass
+class RegionArguments:
+    """Flags of `python -m llava_region.train`, beside the upstream's own."""
+
+    tune_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Decoder layers to tune: sparse:25%%, sparse:8, 0,4,8-11, lower:8, lower-middle:8, upper-middle:8, top:8, hybrid:8, "
+            "all, or scores.json:METRIC:8[:spread]. Without it, training is upstream's own, untouched."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check everything, print the layer map, trainable parameters and memory, and exit without loading weights."},
+    )
+    dry_run_gpus: int | None = field(
+        default=None, metadata={"help": "GPUs to assume in the dry run's memory estimate. Default: the ranks it was launched with."}
+    )
+    check_images: str = field(
+        default="sample",
+        metadata={
+            "help": "Open the images of the data before training: 1,000 of them (sample), all, or none.",
+            "choices": ["sample", "all", "none"],
+        },
+    )
+    fix_generation_config: bool = field(
+        default=False,
+        metadata={"help": "Where the base model's generation config can't be saved (sampling options without do_sample), set do_sample."},
+    )
+
+
+CHOICES = {"check_images": ("sample", "all", "none")}
+OWN_FLAGS = tuple(f"--{f.name}" for f in dataclasses.fields(RegionArguments))
+
+
+def check_choices(args) -> None:
+    """Refuse a flag value that is not among the allowed ones.
+
+    Raises:
+        LlavaRegionError: names the flag, the value and the choices.
+    """
+    for name, allowed in CHOICES.items():
+        if getattr(args, name) not in allowed:
+            raise LlavaRegionError(f"--{name} {getattr(args, name)!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def extend_arguments(upstream_class: type) -> type:
+    """A subclass of the upstream's TrainingArguments with our flags.
+
+    It bears the upstream class's name and module, and is bound there while the hooks are applied, so that
+    `training_args.bin`, a pickle, can later be read where llava_region is not installed.
+    """
+    fields = [(f.name, f.type, f) for f in dataclasses.fields(RegionArguments)]
+    fields = [(name, _resolve(kind), dataclasses.field(default=f.default, metadata=f.metadata)) for name, kind, f in fields]
+    extended = dataclasses.make_dataclass(upstream_class.__name__, fields, bases=(upstream_class,))
+    extended.__module__ = upstream_class.__module__
+    extended.__qualname__ = upstream_class.__qualname__
+    return extended
+
+
+def _resolve(annotation: str) -> object:
+    from typing import Optional
+
+    # HfArgumentParser of transformers 4.36 to 4.41 reads typing.Optional, not `str | None`, on every Python version
+    kinds = {"str | None": Optional[str], "int | None": Optional[int], "bool": bool, "str": str, "float | None": Optional[float]}
+    return kinds[annotation]

@@ -1,0 +1,122 @@
+"""The audit of the first training step: gradients where they belong, and the learning rates that were asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_region.decoder import is_projector, is_vision, layer_index
+from llava_region.errors import LlavaRegionError
+from llava_region.region import Region
+
+PART = "region_part"  # key of an optimizer group that says what it trains: llm, projector, or both
+MAX_UNSUPERVISED_STEPS = 100
+
+
+class GradientAudit:
+    """Watches gradients of all trainable parameters until every region layer was judged.
+
+    A layer is judged as a whole: LoRA's A has a zero gradient at the first step, as B starts at zero. Hooks on the
+    parameters see the gradients under ZeRO-3 too, where `parameter.grad` is gone after the backward pass.
+    """
+
+    def __init__(self, model, region: Region):
+        self.region = region
+        self.flags: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(region.num_layers)}
+        self.supervised: list[torch.Tensor] = []
+        self.steps = 0
+        self.handles = []
+        for name, parameter in model.named_parameters():
+            layer = layer_index(name)
+            if parameter.requires_grad and layer is not None:
+                self.handles.append(parameter.register_hook(self._hook(layer)))
+
+    def _hook(self, layer: int):
+        def see(gradient):
+            self.flags[layer].append((gradient != 0).any())
+
+        return see
+
+    def see_labels(self, labels: torch.Tensor | None) -> None:
+        """Note whether a batch has any token to learn from: without one, gradients are rightly zero."""
+        if labels is not None:
+            self.supervised.append((labels != -100).any())
+
+    def conclude(self, device, reduce_max) -> bool:
+        """After a micro step: True once all is well, False where no rank had a token to learn from yet.
+
+        Args:
+            device: where to reduce over ranks.
+            reduce_max: element-wise maximum of a tensor over all ranks.
+
+        Raises:
+            LlavaRegionError: a region layer got no gradient, or another layer did; lists the layers.
+        """
+        self.steps += 1
+        seen = [self._any(self.flags[layer], device) for layer in range(self.region.num_layers)]
+        seen.append(self._any(self.supervised, device))
+        *layers, supervised = reduce_max(torch.stack(seen).float()).tolist()
+        with_gradient = {layer for layer, flag in enumerate(layers) if flag}
+        missing = sorted(set(self.region.layers) - with_gradient)
+        if missing and not supervised and self.steps < MAX_UNSUPERVISED_STEPS:
+            return False
+        self.remove()
+        extra = sorted(with_gradient - set(self.region.layers))
+        if missing or extra:
+            raise LlavaRegionError(
+                f"the first step's gradients are wrong: region layers without a gradient: {missing or 'none'}; "
+                f"other layers with one: {extra or 'none'}; region: {list(self.region.layers)}. Training was stopped before it saved anything"
+            )
+        return True
+
+    @staticmethod
+    def _any(flags: list[torch.Tensor], device) -> torch.Tensor:
+        return torch.stack([f.to(device) for f in flags]).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def name_and_drop_groups(optimizer, model) -> None:
+    """Drop empty optimizer groups, and note in each group what it trains.
+
+    DeepSpeed drops empty groups itself, but after the scheduler was built on them, which shifts the learning rates by
+    one group; newer torch raises instead.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for group in optimizer.param_groups:
+        parts = {"projector" if _is_projector_part(names.get(id(p), "")) else "llm" for p in group["params"]}
+        group[PART] = parts.pop() if len(parts) == 1 else "both"
+
+
+def _is_projector_part(name: str) -> bool:
+    # Bunny gives an unfrozen vision tower the projector's rate
+    return is_projector(name) or is_vision(name)
+
+
+def check_rates(optimizer, scheduler, learning_rate: float, projector_rate: float | None) -> dict[str, float]:
+    """The base learning rate of each part, after checking that it is the one asked for.
+
+    Returns:
+        `{"llm": rate, "projector": rate}`, of the parts that train.
+
+    Raises:
+        LlavaRegionError: the optimizer and scheduler disagree, or a part would train at another rate.
+    """
+    base = getattr(scheduler, "base_lrs", None)
+    groups = optimizer.param_groups
+    if base is None or any(PART not in group for group in groups):
+        return {}
+    if len(base) != len(groups):
+        raise LlavaRegionError(f"the scheduler has {len(base)} learning rates for {len(groups)} optimizer groups; training was stopped")
+    wanted = {"llm": learning_rate, "both": learning_rate, "projector": learning_rate if projector_rate is None else projector_rate}
+    found = {}
+    for rate, group in zip(base, groups, strict=True):
+        if abs(rate - wanted[group[PART]]) > 1e-12 + 1e-6 * abs(rate):
+            raise LlavaRegionError(f"the {group[PART]} would train at {rate}, not at {wanted[group[PART]]} as asked; training was stopped")
+        for part in ("llm", "projector") if group[PART] == "both" else (group[PART],):
+            found[part] = rate
+    return found

@@ -1,0 +1,148 @@
+"""What a `checkpoint-N` has to hold so that a run can be resumed, merged and evaluated from it, and which may be resumed.
+
+`region.json` is written last: a checkpoint without it was cut off while it was being written.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from llava_region.errors import LlavaRegionError
+from llava_region.region import REGION_FILE, Region, read_region_json
+
+NON_LORA_FILE = "non_lora_trainables.bin"
+EPOCH_RNG_FILE = "epoch_rng_state.pth"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """`checkpoint-N` folders of a run, by rising N."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path | None:
+    """The checkpoint that a run in this folder will resume from, or None if it starts afresh.
+
+    Raises:
+        LlavaRegionError: the folder's checkpoints are of another region or mode, or not of this trainer.
+    """
+    folder = Path(output_dir)
+    found = checkpoints(folder)
+    if not found:
+        return None
+    complete = [path for path in found if (path / REGION_FILE).is_file()]
+    if not complete and not (folder / REGION_FILE).is_file():
+        raise LlavaRegionError(
+            f"{found[-1]} holds no {REGION_FILE}: it comes from a run without --tune_layers; give another --output_dir, or remove it"
+        )
+    record = read_region_json(complete[-1] if complete else folder)
+    saved = Region.from_dict(record)
+    if (saved.layers, saved.num_layers) != (region.layers, region.num_layers):
+        raise LlavaRegionError(
+            f"{complete[-1] if complete else folder} was trained on layers {list(saved.layers)} of {saved.num_layers} ('{saved.spec}'), "
+            f"now '{region.spec}' asks for {list(region.layers)} of {region.num_layers}; give the same --tune_layers, or another --output_dir"
+        )
+    if record.get("mode") and (record["mode"] == "full") == lora:
+        raise LlavaRegionError(
+            f"{folder} holds checkpoints of {record['mode']} tuning, now --lora_enable is {lora}; give the same, or another --output_dir"
+        )
+    return complete[-1] if complete else None
+
+
+def drop_incomplete(output_dir: str | Path) -> list[Path]:
+    """Remove checkpoints that a killed run had not finished writing, so that training resumes from the one before.
+
+    Returns:
+        the removed folders.
+    """
+    folder = Path(output_dir)
+    broken = [path for path in checkpoints(folder) if not (path / REGION_FILE).is_file()]
+    broken += sorted(folder.glob("tmp-checkpoint-*"))
+    for path in broken:
+        shutil.rmtree(path)
+    return broken
+
+
+def load_non_lora(model, checkpoint: str | Path) -> None:
+    """Load the projector and whatever else trained beside LoRA from a checkpoint into a PEFT model, in place.
+
+    Raises:
+        LlavaRegionError: the file is missing, or does not fit the model.
+    """
+    path = Path(checkpoint) / NON_LORA_FILE
+    if not path.is_file():
+        raise LlavaRegionError(f"{checkpoint} holds no {NON_LORA_FILE}, so the projector cannot be restored; remove it and start again")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    own = dict(model.named_parameters())
+    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong:
+        raise LlavaRegionError(f"{path} does not fit the model: {wrong[0]} is unknown or of another shape; give another --output_dir")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def check_adapter(folder: str | Path, region: Region) -> int:
+    """Re-read a finished LoRA run: its layers are exactly the region's, none is empty, all were changed by training.
+
+    Returns:
+        the number of tensors in the adapter.
+
+    Raises:
+        LlavaRegionError: says what is wrong with which layers.
+    """
+    from llava_region.decoder import layer_index
+
+    folder = Path(folder)
+    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not files:
+        raise LlavaRegionError(f"the finished run left no adapter in {folder}")
+    tensors = _read_adapter(files[0])
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise LlavaRegionError(f"{files[0]} holds empty tensors, such as {empty[0]}: the run was not saved; see the checkpoints")
+    layers = {layer_index(name) for name in tensors}
+    if layers != set(region.layers):
+        raise LlavaRegionError(f"{files[0]} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
+    # LoRA's B starts at zero, so a layer whose B are all zero was not trained
+    changed = {layer_index(name) for name, tensor in tensors.items() if ".lora_B." in name and bool((tensor != 0).any())}
+    if changed != set(region.layers):
+        raise LlavaRegionError(f"layers {sorted(set(region.layers) - changed)} in {files[0]} were not changed by training")
+    return len(tensors)
+
+
+def _read_adapter(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_full(folder: str | Path, region: Region) -> None:
+    """Re-read the headers of a finished full-tuning run: every region layer is there and none of its tensors is empty.
+
+    Raises:
+        LlavaRegionError: no model was saved, or layers are missing or empty.
+    """
+    from safetensors import safe_open
+
+    from llava_region.decoder import layer_index
+
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        if any(Path(folder).glob("pytorch_model*.bin")):
+            return
+        raise LlavaRegionError(f"the finished run left no model in {folder}")
+    filled = set()
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            filled |= {layer_index(name) for name in f.keys() if 0 not in f.get_slice(name).get_shape()}  # noqa: SIM118
+    missing = sorted(set(region.layers) - filled)
+    if missing:
+        raise LlavaRegionError(f"layers {missing} are missing or empty in {folder}: the run was not saved; see the checkpoints")

@@ -1,0 +1,117 @@
+"""`python -m llava_region.train (llava|bunny|PATH/TO/upstream/train script) <upstream flags> --tune_layers SPEC`
+
+Picks the upstream, checks what can be checked before weights load, hooks its train() and runs it. Without
+--tune_layers the upstream runs untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from llava_region.errors import LlavaRegionError
+
+UPSTREAMS = ("llava", "bunny")
+USAGE = "python -m llava_region.train (llava|bunny|PATH/TO/llava/train/train_mem.py) <upstream flags> --tune_layers sparse:25%"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a training; bad input prints one `error: ...` line on stderr and returns 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        upstream, script, flags = pick_upstream(argv)
+        if "--help" in flags or "-h" in flags:
+            return show_help(upstream)
+        train(upstream, script, flags)
+    except LlavaRegionError as e:
+        if os.environ.get("RANK", "0") == "0" or not str(e):
+            print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def pick_upstream(argv: list[str]):
+    """Split a command line into upstream, train script and the upstream's flags.
+
+    The deepspeed launcher puts `--local_rank=N` in front of all else, so the name is the first argument without dashes.
+
+    Returns:
+        (hooks module `llava_region.patches.NAME`, script's file name, flags).
+
+    Raises:
+        LlavaRegionError: neither `llava`, `bunny` nor the path of one of their train scripts.
+    """
+    at = next((i for i, arg in enumerate(argv) if not arg.startswith("-")), None)
+    before = argv[:at]
+    if at is None or any(not arg.startswith(("--local_rank=", "--local-rank=")) for arg in before):
+        if "--help" in argv or "-h" in argv:
+            return None, "", argv
+        raise LlavaRegionError(f"the upstream to train with is not named; usage: {USAGE}")
+    name, flags = argv[at], before + argv[at + 1 :]
+    if name in UPSTREAMS:
+        return import_module(f"llava_region.patches.{name}"), "train.py", flags
+    path = Path(name)
+    if not path.is_file():
+        raise LlavaRegionError(
+            f"'{name}' is neither an upstream nor a file; allowed: {', '.join(UPSTREAMS)}, or the path of their train script"
+        )
+    for upstream in UPSTREAMS:
+        hooks = import_module(f"llava_region.patches.{upstream}")
+        root = hooks.checkout_of(path)
+        if root is not None:
+            sys.path.insert(0, str(root))
+            return hooks, path.name, flags
+    raise LlavaRegionError(f"'{name}' is no train script of LLaVA (llava/train/train*.py) or Bunny (bunny/train/train.py)")
+
+
+def train(upstream, script: str, flags: list[str]) -> None:
+    """Run the upstream's train() on its flags, hooked if they hold --tune_layers.
+
+    Raises:
+        LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
+    """
+    from llava_region.arguments import OWN_FLAGS
+
+    own = sorted({flag for flag in OWN_FLAGS for arg in flags if arg.split("=")[0].replace("-", "_") == flag.replace("-", "_")})
+    module = upstream.train_module()
+    sys.argv = [sys.argv[0], *flags]
+    if not own:
+        upstream.entry(script)()
+        return
+    if "--tune_layers" not in own:
+        raise LlavaRegionError(f"{own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
+    from llava_region import preflight
+
+    args, region = preflight.check(upstream, module, flags)
+    if args.dry_run:
+        from llava_region.dry_run import show
+
+        show(upstream, args, region, script)
+        return
+    run = upstream.entry(script)
+    options = {"upstream_version": upstream.version(), "base_model": args.model_name_or_path}
+    with upstream.applied(region, fix_generation_config=args.fix_generation_config, **options):
+        run()
+
+
+def show_help(upstream) -> int:
+    """Print our own flags, and where the upstream's are."""
+    import dataclasses
+
+    from llava_region.arguments import RegionArguments
+
+    print(f"usage: {USAGE}\n\n{__doc__.strip()}\n\nflags beside the upstream's own:")
+    for field in dataclasses.fields(RegionArguments):
+        print(f"  --{field.name:<24} {field.metadata['help'].replace('%%', '%')}")
+    if upstream is not None:
+        import transformers
+
+        print(f"\n{upstream.TITLE}'s flags:")
+        transformers.HfArgumentParser(upstream.argument_classes(upstream.train_module())[:2]).print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

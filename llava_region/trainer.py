@@ -1,0 +1,189 @@
+"""What is put over the upstream trainer: freezing, optimizer groups, the first-step audit, checkpoints, cost."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
+from llava_region.checkpoints import EPOCH_RNG_FILE, NON_LORA_FILE, check_adapter, check_full, drop_incomplete, load_non_lora
+from llava_region.cost import CostMeter, write_cost
+from llava_region.run import RegionRun
+
+__all__ = ["RegionRun", "RegionTrainerMixin", "finish", "region_trainer"]
+
+
+def region_trainer(upstream_trainer: type, run: RegionRun) -> type:
+    """A subclass of the upstream trainer, with this run's hooks; it bears the upstream's name."""
+    return type(upstream_trainer.__name__, (RegionTrainerMixin, upstream_trainer), {"run": run})
+
+
+class RegionTrainerMixin:
+    """Goes before LLaVATrainer or BunnyTrainer (both over transformers' Trainer) in the order of methods."""
+
+    run: RegionRun
+
+    def __init__(self, model=None, args=None, **kwargs):
+        self.run.prepare_model(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        self.run.trainer = self
+        self.meter = CostMeter()
+        self.epoch_order = EpochOrder()
+        self.add_callback(self.meter)
+        self.add_callback(self.epoch_order)
+        self.audit: GradientAudit | None = None
+        self.first_step_done = False
+        if self.args.should_save:
+            for path in drop_incomplete(self.args.output_dir):
+                print(f"removed {path}, which a killed run had not finished writing")
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.run.write_record(self.args.output_dir)
+        # upstream looks for checkpoints right after this, on every rank
+        self.accelerator.wait_for_everyone()
+
+    def create_optimizer(self):
+        optimizer = super().create_optimizer()
+        name_and_drop_groups(optimizer, self.model)
+        return optimizer
+
+    def training_step(self, model, inputs, *args):
+        if not self.first_step_done and self.audit is None:
+            self.audit = GradientAudit(self.model, self.run.region)
+        if self.audit:
+            self.audit.see_labels(inputs.get("labels"))
+        tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
+        self.meter.count(inputs, getattr(tower, "num_patches", 1))
+        loss = super().training_step(model, inputs, *args)
+        if self.audit and self.audit.conclude(self.args.device, lambda t: self._over_ranks(t, "max")):
+            self._first_step_passed()
+        return loss
+
+    def _first_step_passed(self):
+        self.audit, self.first_step_done = None, True
+        rates = check_rates(self.optimizer, self.lr_scheduler, self.args.learning_rate, getattr(self.args, "mm_projector_lr", None))
+        if self.is_world_process_zero():
+            said = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
+            print(
+                f"first step: layers {','.join(map(str, self.run.region.layers))} have gradients, no other; learning rates: {said}",
+                flush=True,
+            )
+
+    def _over_ranks(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        """Sum or maximum of a tensor over all ranks."""
+        if self.args.world_size == 1 or not torch.distributed.is_initialized():
+            return tensor
+        tensor = tensor.to(self.args.device)
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()))
+        return tensor
+
+    def _save_checkpoint(self, model, trial, metrics=None):
+        """Save as upstream, then add what upstream leaves out; older checkpoints are removed only after that."""
+        extra = self.run.non_lora_state(self.model.named_parameters()) if self.run.mode != "full" else None
+        totals = self.meter.totals(self.args, self.state, lambda t: self._over_ranks(t, "sum"))
+        self._rotation = None
+        super()._save_checkpoint(model, trial, metrics)
+        self.accelerator.wait_for_everyone()  # all ranks have written their part
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if extra is not None:
+                torch.save(extra, folder / NON_LORA_FILE)
+            self.model.config.save_pretrained(folder)
+            self.epoch_order.save(folder)
+            write_cost(folder, totals)
+            self.run.write_record(folder)  # last: its presence says that the checkpoint is whole
+            if self._rotation:
+                super()._rotate_checkpoints(**self._rotation)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
+        """Put off until the new checkpoint is whole."""
+        self._rotation = {"use_mtime": use_mtime, "output_dir": output_dir}
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                from transformers.trainer_utils import get_last_checkpoint
+
+                folder = get_last_checkpoint(self.args.output_dir)
+            self.meter.resume(folder)
+            self.epoch_order.resume(folder)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Restore the projector too; upstream restores the adapter alone. (DeepSpeed restores both from its own files.)"""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.run.mode != "full":
+            load_non_lora(self.model, resume_from_checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _numpy_state_loadable():
+            super()._load_rng_state(checkpoint)
+        steps_an_epoch = max(len(self.callback_handler.train_dataloader) // self.args.gradient_accumulation_steps, 1)
+        if self.state.global_step % steps_an_epoch == 0:
+            # between two epochs the order is drawn after this, not before
+            self.epoch_order.state = torch.random.get_rng_state()
+
+
+class EpochOrder(TrainerCallback):
+    """Makes a run that resumes within an epoch see the same order of samples as one never stopped.
+
+    Upstream's sampler draws an epoch's order from torch's global random state as it is when the epoch begins, which a
+    resumed process has not got: it is kept in the checkpoint.
+    """
+
+    def __init__(self):
+        self.state: torch.Tensor | None = None
+        self.restored: torch.Tensor | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.restored is not None:
+            torch.random.set_rng_state(self.restored)
+            self.restored = None
+        self.state = torch.random.get_rng_state()
+
+    def save(self, folder: Path) -> None:
+        """Write the state that the current epoch began with into a checkpoint folder."""
+        torch.save(self.state, folder / EPOCH_RNG_FILE)
+
+    def resume(self, folder) -> None:
+        """Read the state from a checkpoint folder, to be set when the interrupted epoch begins again."""
+        path = Path(folder) / EPOCH_RNG_FILE
+        self.restored = torch.load(path, weights_only=True) if path.is_file() else None
+
+
+@contextmanager
+def _numpy_state_loadable():
+    """Let torch.load read transformers' saved random states, which hold a NumPy array, under torch >= 2.6's `weights_only`."""
+    import numpy
+
+    safe_globals = getattr(torch.serialization, "safe_globals", None)
+    core = getattr(numpy, "_core", None) or numpy.core
+    allowed = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    with safe_globals(allowed) if safe_globals else nullcontext():
+        yield
+
+
+def finish(run: RegionRun) -> None:
+    """After upstream's train(): re-read what was saved, and write `region.json` and, last, `cost.json`. For every rank.
+
+    Raises:
+        LlavaRegionError: the saved adapter is not the region's, or was not changed by training.
+    """
+    trainer = run.trainer
+    if trainer is None or not trainer.meter.started:
+        return
+    totals = trainer.meter.totals(trainer.args, trainer.state, lambda t: trainer._over_ranks(t, "sum"))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    check_full(folder, run.region) if run.mode == "full" else check_adapter(folder, run.region)
+    run.write_record(folder)
+    totals["layers"], totals["num_layers"] = list(run.region.layers), run.region.num_layers
+    totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    write_cost(folder, totals)
+    print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")

@@ -1,0 +1,142 @@
+"""Hooks on LLaVA's own trainer. Tested with LLaVA c121f04, which PyPI has as llava-torch 1.2.2.post1.
+
+Left alone: the model, the data, the loss, PEFT and transformers. `applied` rebinds four names in `llava.train.train`.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_region.patches.seams import import_upstream, rebound, require, require_fields
+
+from llava_region.arguments import extend_arguments
+from llava_region.errors import LlavaRegionError
+from llava_region.trainer import RegionRun, finish, region_trainer
+
+NAME = "llava"
+TITLE = "LLaVA"
+TESTED = "LLaVA c121f04 (llava-torch 1.2.2.post1)"
+INSTALL = "install it with 'pip install --no-deps llava-torch==1.2.2.post1', or give the path of llava/train/train.py in a checkout"
+SCRIPTS = ("train.py", "train_mem.py", "train_xformers.py")
+TRAINING_FIELDS = (
+    "lora_enable",
+    "lora_r",
+    "lora_alpha",
+    "lora_bias",
+    "bits",
+    "mm_projector_lr",
+    "model_max_length",
+    "freeze_mm_mlp_adapter",
+)
+MODEL_FIELDS = ("model_name_or_path", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter")
+
+
+def train_module():
+    """`llava.train.train`, checked for every symbol that the hooks and the preflight use.
+
+    Raises:
+        UnsupportedUpstream: not installed, or a symbol is missing or changed.
+    """
+    module = import_upstream("llava.train.train", TITLE, INSTALL)
+    require_fields(module, "ModelArguments", TESTED, MODEL_FIELDS)
+    require_fields(module, "DataArguments", TESTED, ("data_path", "image_folder"))
+    require_fields(module, "TrainingArguments", TESTED, TRAINING_FIELDS)
+    require(module, "train", TESTED, ("attn_implementation",))
+    require(module, "find_all_linear_names", TESTED, ("model",))
+    require(module, "safe_save_model_for_hf_trainer", TESTED, ("trainer", "output_dir"))
+    require(module, "get_peft_state_non_lora_maybe_zero_3", TESTED, ("named_params", "require_grad_only"))
+    trainer = require(module, "LLaVATrainer", TESTED)
+    for method in ("create_optimizer", "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state", "training_step"):
+        require(trainer, method, TESTED)
+    return module
+
+
+@contextmanager
+def applied(tune_layers, **options):
+    """Hook `llava.train.train` so that its `train()` tunes a region; everything is put back on leaving.
+
+    Args:
+        tune_layers: a layer spec, or a `Region`.
+        options: further fields of `RegionRun`, such as `base_model`.
+
+    Yields:
+        the `RegionRun`, which knows the region once the model is there.
+
+    Raises:
+        UnsupportedUpstream: the installed LLaVA lacks a symbol.
+
+    >>> with llava_region.patches.llava.applied("sparse:25%"):  # doctest: +SKIP
+    ...     llava.train.train.train(attn_implementation="sdpa")
+    """
+    module = train_module()
+    run = RegionRun(tune_layers, upstream=NAME, non_lora_state=module.get_peft_state_non_lora_maybe_zero_3, **options)
+    with rebound(
+        module,
+        TrainingArguments=extend_arguments(module.TrainingArguments),
+        find_all_linear_names=run.find_linear_names,
+        LLaVATrainer=region_trainer(module.LLaVATrainer, run),
+        safe_save_model_for_hf_trainer=run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
+    ):
+        yield run
+        finish(run)
+
+
+def argument_classes(module) -> tuple[type, type, type]:
+    """The three dataclasses that train() parses its command line into, ours in place of TrainingArguments."""
+    return module.ModelArguments, module.DataArguments, extend_arguments(module.TrainingArguments)
+
+
+def version() -> str:
+    """Version of the installed LLaVA; coarse: the tested commit and its neighbours all carry the same."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    for distribution in ("llava-torch", "llava"):
+        try:
+            return f"{distribution} {installed(distribution)}"
+        except PackageNotFoundError:
+            continue
+    return "checkout"
+
+
+def check_arguments(args, config: dict) -> None:
+    """Refuse what LLaVA alone would only find out later.
+
+    Raises:
+        LlavaRegionError: no vision tower, so that upstream would train a text-only model.
+    """
+    if not args.vision_tower:
+        raise LlavaRegionError(
+            "--vision_tower is missing, without which LLaVA trains a text-only model; give openai/clip-vit-large-patch14-336"
+        )
+
+
+def entry(script: str):
+    """What an upstream train script does when it is run, as a function without arguments.
+
+    Args:
+        script: file name of one of `SCRIPTS`; each asks for another attention implementation.
+
+    Raises:
+        LlavaRegionError: another script.
+    """
+    if script not in SCRIPTS:
+        raise LlavaRegionError(f"'{script}' is no train script of LLaVA that is known here; allowed: {', '.join(SCRIPTS)}")
+    if script == "train_xformers.py":
+        # replaces Llama's attention, and has to run before the model classes are used
+        patch = import_upstream("llava.train.llama_xformers_attn_monkey_patch", TITLE, "install xformers, or use train_mem.py")
+        patch.replace_llama_attn_with_xformers_attn()
+    attention = "flash_attention_2" if script == "train_mem.py" else None
+
+    def run():
+        sys.modules["llava.train.train"].train(attn_implementation=attention)
+
+    return run
+
+
+def checkout_of(script: Path) -> Path | None:
+    """Root of the checkout that a train script lies in (`ROOT/llava/train/train_mem.py`), or None if it is not LLaVA's."""
+    parents = script.resolve().parents
+    return parents[2] if len(parents) > 2 and (parents[0].name, parents[1].name) == ("train", "llava") else None
