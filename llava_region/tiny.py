@@ -77,6 +77,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 512) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=out, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
             character_coverage=1.0, pad_id=-1, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,  # as Llama's: LLaVA counts on spaces being kept
         )  # fmt: skip
     LlamaTokenizer(str(model), legacy=False).save_pretrained(folder)
 
