@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import tempfile
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 from llava_region.arguments import check_choices
 from llava_region.checkpoints import check_resumable
@@ -15,16 +16,22 @@ from llava_region.errors import LlavaRegionError
 from llava_region.region import Region, num_layers_of, read_json
 
 
-def check(upstream, module, flags: list[str]):
+class Preflight(NamedTuple):
+    """What the checks read: the flags, the region, the model's `config.json`, and the records (on the first rank only)."""
+
+    args: Namespace
+    region: Region
+    config: dict
+    records: list[dict] | None
+
+
+def check(upstream, module, flags: list[str]) -> Preflight:
     """Check a command line and everything it names.
 
     Args:
         upstream: hooks module, `llava_region.patches.llava` or `.bunny`.
         module: the upstream's module with train().
         flags: the command line after the upstream's name.
-
-    Returns:
-        (the flags as a namespace, the `Region`).
 
     Raises:
         LlavaRegionError: the first thing that is wrong.
@@ -37,16 +44,16 @@ def check(upstream, module, flags: list[str]):
         raise LlavaRegionError(
             f"--model_name_or_path {args.model_name_or_path} holds no config.json; give the folder or hub name of a model"
         )
+    config = read_json(Path(config_file))
     region = Region.parse(args.tune_layers, num_layers_of(config_file))
-    upstream.check_arguments(args, json.loads(Path(config_file).read_text()))
+    upstream.check_arguments(args, config)
     check_vision(args)
-    check_deepspeed(args, json.loads(Path(config_file).read_text()))
+    check_deepspeed(args, config)
     check_generation_config(args)
     check_output(args)
     check_resumable(args.output_dir, region, bool(args.lora_enable))
-    if int(os.environ.get("RANK", "0")) == 0:
-        check_data(args.data_path, args.image_folder, args.check_images)
-    return args, region
+    first = int(os.environ.get("RANK", "0")) == 0
+    return Preflight(args, region, config, check_data(args.data_path, args.image_folder, args.check_images) if first else None)
 
 
 def parse(classes, flags: list[str]):
@@ -127,11 +134,9 @@ def check_vision(args) -> None:
         raise LlavaRegionError(f"--pretrain_mm_mlp_adapter {projector} is not there; give the mm_projector.bin of the pretraining")
 
 
-def zero_stage(args) -> int:
-    """ZeRO stage of the DeepSpeed config on the command line; 0 without one."""
-    if not args.deepspeed:
-        return 0
-    return int(read_json(Path(args.deepspeed)).get("zero_optimization", {}).get("stage", 0))
+def zero_settings(args) -> dict:
+    """`zero_optimization` of the DeepSpeed config on the command line; empty without one."""
+    return read_json(Path(args.deepspeed)).get("zero_optimization", {}) if args.deepspeed else {}
 
 
 def check_deepspeed(args, config: dict) -> None:

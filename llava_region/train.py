@@ -84,15 +84,16 @@ def train(upstream, script: str, flags: list[str]) -> None:
         raise LlavaRegionError(f"{own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
     from llava_region import preflight
 
-    args, region = preflight.check(upstream, module, flags)
+    checked = preflight.check(upstream, module, flags)
+    args = checked.args
     if args.dry_run:
         from llava_region.dry_run import show
 
-        show(upstream, args, region, script)
+        show(upstream, checked)
         return
     run = upstream.entry(script)
     options = {"upstream_version": upstream.version(), "base_model": args.model_name_or_path}
-    with upstream.applied(region, fix_generation_config=args.fix_generation_config, **options):
+    with upstream.applied(checked.region, fix_generation_config=args.fix_generation_config, **options):
         run()
 
 

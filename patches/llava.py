@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_region.patches.seams import import_upstream, rebound, require, require_fields
 
 from llava_region.arguments import extend_arguments
+from llava_region.dry_run import vision_model
 from llava_region.errors import LlavaRegionError
 from llava_region.trainer import RegionRun, finish, region_trainer
 
@@ -111,6 +112,31 @@ def check_arguments(args, config: dict) -> None:
         raise LlavaRegionError(
             "--vision_tower is missing, without which LLaVA trains a text-only model; give openai/clip-vit-large-patch14-336"
         )
+
+
+def empty_model(args, config: dict):
+    """LLaVA's model on the default device (meta, in a dry run) from a config alone, with projector and vision tower.
+
+    Args:
+        args: the flags, parsed.
+        config: `config.json` of the model that training starts from.
+    """
+    from llava.model.multimodal_projector.builder import build_vision_projector
+
+    mpt = "mpt" in args.model_name_or_path
+    name = "LlavaMptForCausalLM" if mpt else "LlavaLlamaForCausalLM"
+    model_class = require(sys.modules["llava.train.train"], name, TESTED)
+    # a LLaVA checkpoint's own tower would be loaded from disk
+    settings = {key: value for key, value in config.items() if key not in ("mm_vision_tower", "model_type", "architectures")}
+    model = model_class(model_class.config_class(**settings))
+    inner = model.get_model()
+    tower = vision_model(args.vision_tower, args.cache_dir)
+    model.config.mm_projector_type = args.mm_projector_type
+    model.config.mm_hidden_size = tower.config.hidden_size if tower is not None else 1024
+    inner.mm_projector = build_vision_projector(model.config)
+    if tower is not None:
+        inner.vision_tower = tower
+    return model
 
 
 def entry(script: str):
