@@ -331,7 +331,7 @@ def _load_multimodal(half, folder: Path, base: Path | None, settings: Path, opti
     if (folder / "adapter_config.json").is_file():
         model = _merge_adapter(model, folder)
     processor = half.attach_vision(model, tokenizer, weights, extra)
-    return model.to(options["dtype"]), tokenizer, processor
+    return model, tokenizer, processor
 
 
 def _trained_beside(folder: Path) -> dict[str, torch.Tensor]:
@@ -382,4 +382,8 @@ def _merge_adapter(model, folder: Path):
     if stored != wanted:
         odd = sorted(stored ^ wanted)
         raise LlavaRegionError(f"the adapter in {folder} does not fit its base: {odd[0]} ({len(odd)} tensors) is on one side only")
-    return model.merge_and_unload()
+    dtype = model.dtype
+    model = model.merge_and_unload()
+    for parameter in model.parameters():  # some of PEFT's versions merge in fp32; buffers (rotary frequencies) keep theirs
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -70,7 +70,7 @@ def build(weights, settings, *, dtype, device_map, attn_implementation):
 
 
 def text_model_class(config: dict) -> type:
-    """What loads a backbone of this config."""
+    """What loads a backbone: transformers' own classes know all of LLaVA's."""
     return AutoModelForCausalLM
 
 

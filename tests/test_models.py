@@ -74,6 +74,12 @@ def test_a_lora_run_on_its_base_equals_pefts_merge(lora_run, tiny):
     assert not torch.allclose(logits(ours.model, ids, pixels), logits(llava_model(tiny).eval(), ids, pixels), atol=1e-2)
 
 
+def test_a_lora_run_is_merged_in_the_asked_dtype(lora_run, tiny):
+    ours = load(lora_run, tiny.backbone, device="cpu", dtype="bfloat16")
+    assert {parameter.dtype for parameter in ours.model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in ours.model.parameters()) and not ours.model.training
+
+
 def test_any_folder_name_will_do_and_a_checkpoint_borrows_the_runs_config(lora_run, tiny, tmp_path):
     run = tmp_path / "mpt-mistral"
     shutil.copytree(lora_run, run / "checkpoint-3")
