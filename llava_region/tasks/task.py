@@ -110,26 +110,12 @@ class Task:
 def locate(data_root: str | Path, path: str) -> Path:
     """Where a task's file is: the first of its alternatives there is, else the first of them.
 
-    The task's own folder may be given as data root: the leading `NAME/` of `path` is then left out.
+    The task's own folder may be given as data root: the leading `NAME/` of `path` is then left out where there is no such folder.
     """
-    alternatives = path.split(" or ")
-    candidates = [Path(data_root) / p for p in alternatives]
-    candidates += [Path(data_root) / p.partition("/")[2] for p in alternatives]
-    return next((c for c in candidates if c.exists()), candidates[0])
-
-
-def read_json_file(path: Path) -> Any:
-    """A JSON file of any shape.
-
-    Raises:
-        LlavaRegionError: it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise LlavaRegionError(f"{path} is not JSON ({e}); download it again") from e
+    root, alternatives = Path(data_root), path.split(" or ")
+    if not (root / path.partition("/")[0]).is_dir():
+        alternatives += [alternative.partition("/")[2] for alternative in alternatives]
+    return next((root / a for a in alternatives if (root / a).exists()), root / alternatives[0])
 
 
 def read_jsonl(path: Path) -> list[dict]:

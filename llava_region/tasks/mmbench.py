@@ -1,0 +1,156 @@
+"""MMBench, English dev: questions with up to four options under CircularEval (Liu et al., 2023b; paper, section 3.2.2).
+
+The official TSV holds every question once for each rotation of its options: row `index`, `index + 1000000`, and so on. A file
+of base rows alone gets its rotations here, numbered the same way.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_region.errors import LlavaRegionError
+from llava_region.tasks import answers as answers_file
+from llava_region.tasks.choices import LETTERS, letter_or_text, lettered
+from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Task, locate, percent
+
+QUESTIONS = "mmbench/mmbench_dev_20230712.tsv or mmbench/MMBench_DEV_EN_legacy.tsv or mmbench/MMBench_DEV_EN.tsv"
+SOURCE = "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"
+ROTATION = 1_000_000
+OPTIONS = "ABCD"
+LONGEST_IMAGE_INDEX = 64  # characters; some releases give a rotation's image as the index of the row that holds it
+
+
+class Reference(NamedTuple):
+    """The question's number without rotation, the rotation, the options as shown, the right letter, and the category."""
+
+    base: int
+    rotation: int
+    options: list[str]
+    answer: str
+    category: str
+
+
+def examples(data_root: str | Path) -> list[Example]:
+    """Every row, base rows and rotations, in the file's order; a base row's generated rotations follow it.
+
+    Raises:
+        LlavaRegionError: the file cannot be read or lacks a column.
+    """
+    rows = _rows(locate(data_root, QUESTIONS))
+    images = {row["index"]: row["image"] for row in rows}
+    decoded: dict[str, bytes] = {}
+    rotated = any(int(row["index"]) >= ROTATION for row in rows)
+    found = []
+    for row in rows:
+        text = images.get(row["image"], row["image"]) if len(row["image"]) <= LONGEST_IMAGE_INDEX else row["image"]
+        image = decoded.setdefault(text, _decode(text)) if text not in decoded else decoded[text]
+        options = _options(row)
+        found += [_example(row, options, image, shift) for shift in range(1 if rotated else max(1, len(options)))]
+    return found
+
+
+def _rows(path: Path) -> list[dict]:
+    limit = csv.field_size_limit(1 << 30)  # an image in base64 is longer than csv's default of 131,072 characters
+    try:
+        with path.open(encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise LlavaRegionError(f"cannot read {path}: {e}; download it again") from e
+    finally:
+        csv.field_size_limit(limit)
+    needed = ("index", "question", "answer", "image", "A", "B")
+    if absent := [name for name in needed if not rows or rows[0].get(name) is None]:
+        raise LlavaRegionError(f"{path} lacks the columns {', '.join(absent)} or is cut off; download it again")
+    return rows
+
+
+def _decode(text: str) -> bytes:
+    """The image's bytes; what is not base64 stays as it is, to be counted as a corrupt image when it is opened."""
+    try:
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError):
+        return text.encode()
+
+
+def _given(value: str | None) -> bool:
+    return value is not None and value.strip().lower() not in ("", "nan", "none")
+
+
+def _options(row: dict) -> list[str]:
+    """The options up to the first that is empty."""
+    values = [row.get(letter) for letter in OPTIONS]
+    return values[: next((i for i, value in enumerate(values) if not _given(value)), len(values))]
+
+
+def _example(row: dict, options: list[str], image: bytes, shift: int) -> Example:
+    """The row with its options moved up by `shift` places, the first ones to the end."""
+    index = int(row["index"]) + shift * ROTATION
+    shown = options[shift:] + options[:shift]
+    answer = row["answer"]
+    if shift:
+        answer = LETTERS[(LETTERS.index(answer) - shift) % len(options)]
+    hint = [row["hint"]] if _given(row.get("hint")) else []
+    prompt = "\n".join([*hint, row["question"], lettered(shown), LETTER_INSTRUCTION])
+    return Example(index, prompt, image, Reference(index % ROTATION, index // ROTATION, shown, answer, row.get("category") or ""))
+
+
+def key(row: dict) -> str:
+    """The row's index; a `round_id`, which LLaVA's `--all-rounds` counts up, stands for that rotation of it."""
+    question_id = str(row["question_id"])
+    return str(int(question_id) + ROTATION * row.get("round_id", 0)) if question_id.isdigit() else question_id
+
+
+def correct(prediction: str, reference: Reference) -> bool:
+    """Whether the answer's first standalone letter, or the one option it spells out, is the right one."""
+    return letter_or_text(prediction, reference.options) == reference.answer
+
+
+def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+    """CircularEval (the paper's): a question counts if every rotation is right; also plain accuracy over the base rows.
+
+    Where base rows are answered and no rotation is, as in a run over the base rows alone, CircularEval cannot be known:
+    "circular" is None, "score" is the plain accuracy and "metric" says so, and the rotations count in "missing", which is
+    of rows ("rows" in all) while "n" is of questions.
+    """
+    texts, missing = answers_file.texts(TASK, examples, answers)
+    groups, base, categories, answered = defaultdict(list), [], {}, defaultdict(bool)
+    for text, example in zip(texts, examples, strict=True):
+        hit = correct(text, example.reference)
+        groups[example.reference.base].append(hit)
+        categories[example.reference.base] = example.reference.category
+        answered[example.reference.rotation > 0] |= TASK.key_of(example) in answers
+        base += [hit] if example.reference.rotation == 0 else []
+    accuracy, circular = percent(base), percent([all(hits) for hits in groups.values()])
+    known = answered[True] or not answered[False] or True not in answered
+    by_category = defaultdict(list)
+    for question, hits in groups.items():
+        by_category[categories[question]].append(all(hits))
+    return {
+        "metric": "circular" if known else "accuracy",
+        "score": circular if known else accuracy,
+        "n": len(groups),
+        "missing": missing,
+        "rows": len(examples),
+        "circular": circular if known else None,
+        "accuracy": accuracy,
+        "categories": {name: percent(by_category[name]) for name in sorted(by_category)} if known else None,
+    }
+
+
+TASK = Task(
+    name="mmbench",
+    title="MMBench",
+    split="dev (English)",
+    max_new_tokens=128,
+    files=(File(QUESTIONS, SOURCE),),
+    visual=True,
+    examples=examples,
+    score=score,
+    key=key,
+)

@@ -1,0 +1,64 @@
+"""OCRVQA, test: questions about book covers (Mishra et al., 2019; paper, section 3.2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path, PurePosixPath
+
+from llava_region.errors import LlavaRegionError
+from llava_region.region import read_json
+from llava_region.tasks import reading
+from llava_region.tasks.task import Example, File, Task, locate
+
+ANNOTATIONS = "ocrvqa/dataset.json"
+IMAGES = "ocrvqa/images/"
+TEST = 3  # the "split" of dataset.json: 1 train, 2 validation, 3 test
+
+
+def examples(data_root: str | Path) -> list[Example]:
+    """Test questions in the file's order; the reference is a list of the one right answer.
+
+    The official file numbers books, not questions: a question's id is `BOOK_N`, N its place among the book's, from 0.
+
+    Raises:
+        LlavaRegionError: the annotation file cannot be read, or holds no test question.
+    """
+    path = locate(data_root, ANNOTATIONS)
+    folder = locate(data_root, IMAGES)
+    present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    found = []
+    for book, entry in read_json(path).items():
+        if int(entry["split"]) != TEST:
+            continue
+        image = folder / _image_name(book, entry["imageURL"], present)
+        for n, (question, answer) in enumerate(zip(entry["questions"], entry["answers"], strict=True)):
+            found.append(Example(f"{book}_{n}", reading.PROMPT.format(question=question), image, [str(answer)]))
+    if not found:
+        raise LlavaRegionError(f"{path} holds no question of the test split ({TEST}); give the official dataset.json")
+    return found
+
+
+def _image_name(book: str, url: str, present: set[str]) -> str:
+    """The official loader keeps the address's suffix; LLaVA's copy of the images is all `.jpg`."""
+    kept = book + PurePosixPath(url).suffix
+    return kept if kept in present else f"{book}.jpg"
+
+
+def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+    """`contains` (the paper's), `exact` and `anls`."""
+    return reading.score(TASK, examples, answers)
+
+
+TASK = Task(
+    name="ocrvqa",
+    title="OCRVQA",
+    split="test",
+    max_new_tokens=100,
+    files=(
+        File(ANNOTATIONS, "https://ocr-vqa.github.io, link 'Dataset' (a Google Drive folder)"),
+        File(IMAGES, "https://ocr-vqa.github.io, script loadDataset.py of the same folder, which downloads the book covers"),
+    ),
+    visual=True,
+    examples=examples,
+    score=score,
+)
