@@ -56,8 +56,6 @@ def apply() -> None:
     _define_torchvision_ops(torch)
     if importlib.util.find_spec("xformers") is None:
         _stub_xformers()
-    if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda device=None: None  # Bunny calls it before every save under DeepSpeed
 
 
 def _define_torchvision_ops(torch) -> None:
