@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_region.errors import LlavaRegionError
 from llava_region.region import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.short_answer import matches
@@ -15,12 +14,12 @@ from llava_region.tasks.task import Example, File, Task, locate, percent
 
 PROMPT = "{input}\nPlease answer this question in a word or phrase"
 FILE = "bbh/{part}.json or bbh/bbh/{part}.json"
-TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
+NAMES = """boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
     geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects logical_deduction_three_objects
     movie_recommendation multistep_arithmetic_two navigate object_counting penguins_in_a_table
     reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks sports_understanding
     temporal_sequences tracking_shuffled_objects_five_objects tracking_shuffled_objects_seven_objects
-    tracking_shuffled_objects_three_objects web_of_lies word_sorting""".split()
+    tracking_shuffled_objects_three_objects web_of_lies word_sorting"""
 
 
 class Reference(NamedTuple):
@@ -35,15 +34,11 @@ def examples(data_root: str | Path) -> list[Example]:
     """The 6,511 questions, tasks in alphabetical order; a question's id is `TASK/N`, N its place in the file from 0.
 
     Raises:
-        LlavaRegionError: a file cannot be read, or holds no examples.
+        LlavaRegionError: a file cannot be read.
     """
     found = []
-    for task in TASKS:
-        path = locate(data_root, FILE.replace("{part}", task))
-        items = read_json(path).get("examples")
-        if not items:
-            raise LlavaRegionError(f'{path} holds no "examples"; download it again')
-        for n, item in enumerate(items):
+    for task in NAMES.split():
+        for n, item in enumerate(read_json(locate(data_root, FILE.replace("{part}", task)))["examples"]):
             reference = Reference(item["target"], item["input"], task)
             found.append(Example(f"{task}/{n}", PROMPT.format(input=item["input"]), None, reference))
     return found
@@ -75,7 +70,7 @@ TASK = Task(
     max_new_tokens=128,
     files=(File(FILE, "https://github.com/suzgunmirac/BIG-Bench-Hard, folder bbh"),),
     visual=False,
-    examples=examples,
+    read=examples,
     score=score,
-    parts=tuple(TASKS),
+    parts=tuple(NAMES.split()),
 )

@@ -44,6 +44,6 @@ TASK = Task(
     max_new_tokens=100,
     files=(File(ANNOTATIONS, f"{SOURCE}, annotations"), File(IMAGES, f"{SOURCE}, images")),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
 )

@@ -74,6 +74,6 @@ TASK = Task(
         File(IMAGES, "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"),
     ),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
 )

@@ -49,9 +49,10 @@ def examples(data_root: str | Path) -> list[Example]:
     found = []
     for row in rows:
         text = images.get(row["image"], row["image"]) if len(row["image"]) <= LONGEST_IMAGE_INDEX else row["image"]
-        image = decoded.setdefault(text, _decode(text)) if text not in decoded else decoded[text]
+        if text not in decoded:
+            decoded[text] = _decode(text)
         options = _options(row)
-        found += [_example(row, options, image, shift) for shift in range(1 if rotated else max(1, len(options)))]
+        found += [_example(row, options, decoded[text], shift) for shift in range(1 if rotated else max(1, len(options)))]
     return found
 
 
@@ -150,7 +151,7 @@ TASK = Task(
     max_new_tokens=128,
     files=(File(QUESTIONS, SOURCE),),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
     key=key,
 )

@@ -110,7 +110,7 @@ TASK = Task(
     max_new_tokens=32,
     files=(File(DEV, f"{SOURCE}, folder data/dev"), File(TEST, f"{SOURCE}, folder data/test")),
     visual=False,
-    examples=examples,
+    read=examples,
     score=score,
     parts=tuple(sorted(CATEGORY_OF)),
 )

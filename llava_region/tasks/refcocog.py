@@ -94,6 +94,6 @@ TASK = Task(
         File(IMAGES, "http://images.cocodataset.org/zips/train2014.zip"),
     ),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
 )

@@ -111,6 +111,6 @@ TASK = Task(
         File(IMAGES, "https://github.com/lupantech/ScienceQA, tools/download.sh (test.zip)"),
     ),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
 )

@@ -70,7 +70,7 @@ class Task:
         max_new_tokens: of greedy decoding.
         files: what the data root has to hold.
         visual: whether its questions have images.
-        examples: (data root) -> list[Example].
+        read: (data root) -> list[Example]; called through `examples`.
         score: (examples, {key: answer}) -> {"metric", "score", "n", "missing", ...}; "score" is the paper's metric in
             percent, "n" the questions it is over, "missing" those without an answer, which count as wrong.
         key: (row of an answers file) -> key of its question.
@@ -83,7 +83,7 @@ class Task:
     max_new_tokens: int
     files: tuple[File, ...]
     visual: bool
-    examples: Callable[[str | Path], list[Example]]
+    read: Callable[[str | Path], list[Example]]
     score: Callable[[list[Example], dict[Hashable, str]], dict]
     key: Callable[[dict], Hashable] = id_key
     parts: tuple[str, ...] = ()
@@ -91,6 +91,27 @@ class Task:
     def key_of(self, example: Example) -> Hashable:
         """The key under which the example's answer is looked up: that of the row written for it."""
         return self.key(example.row(""))
+
+    def examples(self, data_root: str | Path) -> list[Example]:
+        """The task's questions; needs the annotation files, not the images.
+
+        Raises:
+            LlavaRegionError: a file is missing, cannot be read, is not in the official format, or holds no question.
+        """
+        if missing := self.missing_files(data_root, images=False):
+            raise LlavaRegionError(f"{data_root} lacks {'; '.join(missing)}")
+        try:
+            found = self.read(data_root)
+        except LlavaRegionError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+            sources = ", ".join(dict.fromkeys(file.source for file in self.files if not file.is_folder))
+            raise LlavaRegionError(
+                f"a file of {self.name} in {data_root} is not in the official format ({type(e).__name__}: {e}); get it from {sources}"
+            ) from e
+        if not found:
+            raise LlavaRegionError(f"the files of {self.name} in {data_root} hold no question; download them again")
+        return found
 
     def missing_files(self, data_root: str | Path, images: bool = True) -> list[str]:
         """What the data root lacks, each with its source; without `images`, image folders are not asked for."""

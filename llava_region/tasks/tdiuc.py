@@ -85,6 +85,6 @@ TASK = Task(
         File(IMAGES, "http://images.cocodataset.org/zips/val2014.zip"),
     ),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
 )

@@ -89,7 +89,7 @@ TASK = Task(
         File(IMAGES, "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
     ),
     visual=True,
-    examples=examples,
+    read=examples,
     score=score,
     key=key,
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from llava_region.tasks.number_words import UNITS
+
 ARTICLES = {"a", "an", "the"}
-NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+NUMBERS = {word: str(n) for n, word in enumerate(UNITS.split()[:11])} | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 LONE_PERIOD = re.compile(r"\.(?!\d)")
 
@@ -18,14 +20,14 @@ someone'll someone's something'd something'd've something'll that's there'd ther
 they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
 who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've
 you'll you're you've
-""".split()
+"""
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i, character in enumerate(word) if character == "'"]
 
 
-REPAIRED = {broken: whole for whole in CONTRACTIONS for broken in _without_one_apostrophe(whole)}
+REPAIRED = {broken: whole for whole in CONTRACTIONS.split() for broken in _without_one_apostrophe(whole)}
 
 
 def normalise(answer: str) -> str:
