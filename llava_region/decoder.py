@@ -39,6 +39,16 @@ def layer_index(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def with_layer_index(name: str, index: int) -> str:
+    """The name that the same tensor has in decoder layer `index`. `name` must be of a decoder layer (see `layer_index`).
+
+    >>> with_layer_index("model.layers.3.self_attn.q_proj.weight", 2)
+    'model.layers.2.self_attn.q_proj.weight'
+    """
+    start, end = _LAYER.search(name).span(1)
+    return f"{name[:start]}{index}{name[end:]}"
+
+
 def is_projector(name: str) -> bool:
     """Whether a parameter of this name belongs to the projector (or resampler, or LLaVA-1.6's image newline)."""
     return any(part in PROJECTOR for part in name.split("."))
