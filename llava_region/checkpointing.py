@@ -1,0 +1,349 @@
+"""Which decoder layers recompute their activations in the backward pass.
+
+Upstream recomputes all of them. A layer outside the visual region has no weight gradients, so it keeps little, and
+recomputing it is the largest avoidable cost of a step that trains a region: here only as many layers are recomputed as
+the memory asks for. Gradients are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llava_region.activation_memory import KeptBytes, format_size, free_memory, measure, parent_of, parse_size, sample_model
+from llava_region.decoder import find_decoder_layers, layer_index
+from llava_region.errors import LlavaRegionError, UnsupportedUpstream
+
+POLICIES = ("auto", "all", "region", "none")
+# Of the free memory, what is left alone: allocator fragmentation, and what other libraries take later.
+MARGIN = 0.1
+# Bytes a logit of the loss takes at its worst: the head's output and its gradient (2 + 2), the fp32 copy, its log-softmax
+# and the gradient of that (3 x 4).
+LOGIT_BYTES = 16
+# Bytes a trainable parameter still takes after the first step began, without DeepSpeed: gradient and AdamW's two moments.
+TRAINABLE_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What there is to choose from, for the largest batch that can come.
+
+    Attributes:
+        kept: bytes each decoder layer keeps for its backward pass where it is not recomputed, beside its input.
+        costs: relative time of each layer's forward pass, which recomputing it adds.
+        layer_input: bytes of one layer's input, kept in any case.
+        first: lowest layer that is differentiated; below it nothing is kept.
+    """
+
+    kept: tuple[int, ...]
+    costs: tuple[float, ...]
+    layer_input: int
+    first: int = 0
+
+    def peak(self, recompute) -> int:
+        """Most bytes alive at once for the backward pass: after the forward pass, or while a layer is run again."""
+        recompute, alive, peak = set(recompute), 0, 0
+        for layer in range(self.first, len(self.kept)):
+            alive += self.layer_input
+            again = layer in recompute
+            peak = max(peak, alive + self.kept[layer])
+            alive += 0 if again else self.kept[layer]
+        return max(peak, alive)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which decoder layers are recomputed.
+
+    Attributes:
+        recompute: their indices, ascending.
+        policy: `all`, `region`, `none` or `auto`, as asked for.
+        reason: one line for people.
+        bytes_kept: peak bytes of activations under this plan, for the largest batch that can come.
+        budget: bytes they may take; None where nothing limits the choice.
+        first: lowest layer that is differentiated; the layers below run without autograd.
+    """
+
+    recompute: tuple[int, ...]
+    policy: str
+    reason: str
+    bytes_kept: int
+    budget: int | None
+    first: int = 0
+
+
+def check_flags(policy: str, memory: str | None, gradient_checkpointing: bool = True) -> None:
+    """Refuse malformed values of `--region_checkpointing` and `--region_memory`.
+
+    Raises:
+        LlavaRegionError: names the flag, the value and what is allowed.
+    """
+    if policy not in POLICIES:
+        raise LlavaRegionError(f"--region_checkpointing '{policy}' is unknown; allowed: {', '.join(POLICIES)}")
+    if memory is None:
+        return
+    parse_size(memory)
+    if policy != "auto" or not gradient_checkpointing:
+        raise LlavaRegionError(
+            f"--region_memory {memory} limits what --region_checkpointing auto keeps; "
+            "it needs that policy and --gradient_checkpointing True, or leave it out"
+        )
+
+
+def make_plan(policy: str, region, activations: Activations, budget: int | None = None, limit: str | None = None) -> Plan:
+    """Choose the layers to recompute.
+
+    Args:
+        policy: `all`; `region`: the layers in `region`; `none`; `auto`: as few as fit `budget`, those first that free the
+            most bytes for the time they take, the lower first among equals, since they are run again when less is alive.
+        region: indices of the tuned layers.
+        budget: bytes of activations that fit, for `auto`.
+        limit: where the budget comes from, in words; a budget set by hand must hold, one that was estimated may be missed.
+
+    Raises:
+        LlavaRegionError: recomputing every layer does not meet `--region_memory`.
+    """
+    count, first = len(activations.kept), activations.first
+    candidates = range(first, count)
+    if policy == "auto":
+        recompute = _as_few_as_fit(activations, budget)
+    else:
+        recompute = {"all": candidates, "none": (), "region": [i for i in candidates if i in region]}[policy]
+    recompute = tuple(sorted(recompute))
+    peak = activations.peak(recompute)
+    if policy == "auto" and peak > budget and limit == "--region_memory":
+        raise LlavaRegionError(
+            f"--region_memory {format_size(budget)} is too little: with every layer recomputed the activations of the largest batch "
+            f"take {format_size(peak)}; raise it, or lower --per_device_train_batch_size or --model_max_length"
+        )
+    again = "no layer is recomputed" if not recompute else f"{len(recompute)} of {count} layers are recomputed ({_ranges(recompute)})"
+    reason = f"--region_checkpointing {policy}: {again}; activations take up to {format_size(peak)}"
+    if policy == "auto":
+        reason += f" of {format_size(max(budget, 0))} ({limit})" + (", which may not be enough" if peak > budget else "")
+    if first:
+        reason += f"; layers below {first} run without autograd"
+    return Plan(recompute, policy, reason, peak, budget, first)
+
+
+def _as_few_as_fit(activations: Activations, budget: int) -> list[int]:
+    saved = {i: activations.kept[i] / activations.costs[i] for i in range(activations.first, len(activations.kept))}
+    recompute: list[int] = []
+    for layer in sorted(saved, key=lambda i: (-saved[i], i)):
+        if activations.peak(recompute) <= budget:
+            break
+        recompute.append(layer)
+    return recompute
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """0,4,8-11 for (0, 4, 8, 9, 10, 11)."""
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def largest_batch(args) -> tuple[int, int]:
+    """Samples and tokens a sample of the largest batch: both upstreams cut a sample to `model_max_length` before the image's
+    tokens are put in, and again after."""
+    return args.per_device_train_batch_size, args.model_max_length
+
+
+def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
+    """Measure a model that is about to train: what its tuned and its frozen decoder layers keep for the largest batch.
+
+    Args:
+        model: as it trains: bare, or under PEFT, DDP or DeepSpeed, ZeRO-3 included.
+        args: upstream's TrainingArguments.
+        context: makes the context the forward pass runs in (autocast).
+    """
+    modules = find_decoder_layers(model).modules
+    tuned = [any(p.requires_grad for p in module.parameters()) for module in modules]
+    examples = {kind: tuned.index(kind) for kind in (True, False) if kind in tuned}
+    parent = parent_of(model)
+    weight = parent.get_input_embeddings().weight
+    if hasattr(weight, "ds_id"):  # ZeRO-3: a layer's weights are spread over the ranks
+        sample = sample_model(
+            parent.config, model_class=type(causal_of(model)), lora=_lora_config(model), dtype=weight.dtype, device=weight.device
+        )
+        kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
+    else:
+        measured = measure(model, examples.values(), context)
+        kept = {kind: measured[layer] for kind, layer in examples.items()}
+    costs = [_cost(modules[examples[kind]]) for kind in tuned]
+    width = getattr(parent.config, "hidden_size", None) or parent.config.d_model
+    return _activations(tuned, kept, costs, args, width * weight.element_size(), lowest_differentiated(model))
+
+
+def activations_of_config(config, region, args, *, lora=None, dtype=torch.float32, below_trains: bool = True) -> Activations:
+    """The same before any weight is loaded, from the shape alone (for a dry run), with the attention kernel of this machine.
+
+    Args:
+        config: of the backbone.
+        region: indices of the tuned layers.
+        lora: a PEFT `LoraConfig`, or None for full tuning.
+        below_trains: whether the projector (or anything else in front of the decoder layers) is trained.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = sample_model(config, lora=lora, dtype=dtype, device=device)
+    kept = dict(zip((False, True), measure(sample, (0, 1)).values(), strict=True))
+    modules, count = find_decoder_layers(sample).modules, getattr(config, "num_hidden_layers", None) or config.n_layers
+    tuned = [i in region for i in range(count)]
+    width = getattr(config, "hidden_size", None) or config.d_model
+    first = 0 if below_trains else min(region)
+    return _activations(tuned, kept, [_cost(modules[int(kind)]) for kind in tuned], args, width * dtype.itemsize, first)
+
+
+def _activations(tuned: list[bool], kept: dict[bool, KeptBytes], costs, args, input_bytes: int, first: int) -> Activations:
+    samples, length = largest_batch(args)
+    sizes = {kind: found.at(samples, length) for kind, found in kept.items()}
+    return Activations(tuple(sizes[kind] for kind in tuned), tuple(costs), samples * length * input_bytes, first)
+
+
+def _cost(layer: nn.Module) -> float:
+    """Multiplications a token in the layer's linear modules, LoRA's included: what its forward time goes by."""
+    return float(sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear)))
+
+
+def causal_of(model: nn.Module) -> nn.Module:
+    """The model with the language-model head (LlavaLlamaForCausalLM...), out of PEFT's, DDP's and DeepSpeed's wrappers."""
+    prefix = find_decoder_layers(model).prefix.rsplit(".", 2)
+    return model.get_submodule(prefix[0]) if len(prefix) == 3 else model
+
+
+def _lora_config(model: nn.Module):
+    configs = [m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)]
+    return next(iter(configs[0].values())) if configs else None
+
+
+def lowest_differentiated(model: nn.Module) -> int:
+    """Lowest decoder layer that autograd has to reach: 0 where anything in front of the layers trains (projector, embeddings,
+    vision tower), else the lowest layer with a trainable parameter."""
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    layers = [layer_index(name) for name in trainable]
+    outside = [name for name, layer in zip(trainable, layers, strict=True) if layer is None]
+    behind = ("norm", "final_layernorm", "norm_f", "lm_head")  # of Llama and its kin, Phi, MPT; the head
+    if any(not set(name.split(".")) & set(behind) for name in outside):
+        return 0
+    return min((layer for layer in layers if layer is not None), default=0)
+
+
+def automatic_budget(model: nn.Module, activations: Activations, args, device: torch.device) -> int:
+    """Bytes of activations that fit on the device, the least over all ranks: what is free, less a margin, the logits of the
+    largest batch, what backward needs beside them, and gradients and optimizer states that are not yet there."""
+    samples, length = largest_batch(args)
+    logits = samples * length * parent_of(model).config.vocab_size * LOGIT_BYTES
+    optimizer = 0
+    if not any(hasattr(p, "ds_id") or hasattr(p, "_hp_param") for p in model.parameters()):  # DeepSpeed has made its own by now
+        optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * TRAINABLE_BYTES
+    budget = int(free_memory(device) * (1 - MARGIN)) - logits - optimizer - max(activations.kept)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        least = torch.tensor(budget, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+        budget = int(least)
+    return budget
+
+
+def set_up(model: nn.Module, region, args, context=nullcontext) -> Plan:
+    """Measure, choose and install, before the first step; every rank comes to the same plan.
+
+    Args:
+        model: as the trainer has wrapped it, gradient checkpointing switched on.
+        region: indices of the tuned layers.
+        args: upstream's TrainingArguments with `region_checkpointing` and `region_memory`.
+        context: makes the context the forward pass runs in (autocast).
+
+    Raises:
+        UnsupportedUpstream: the model's own checkpointing can't be told apart by layer, and `region` or `none` was asked for.
+        LlavaRegionError: `--region_memory` can't be met.
+    """
+    policy = args.region_checkpointing
+    why_all = _why_all(model)
+    if why_all and policy in ("region", "none"):
+        raise UnsupportedUpstream(f"--region_checkpointing {policy} is not possible here: {why_all}; allowed: all")
+    if why_all:
+        return Plan(tuple(range(len(find_decoder_layers(model).modules))), "all", f"every layer is recomputed: {why_all}", 0, None)
+    activations = activations_of(model, args, context)
+    budget, limit = None, None
+    if policy == "auto" and args.region_memory:
+        budget, limit = parse_size(args.region_memory), "--region_memory"
+    elif policy == "auto":
+        device = next(parent_of(model).parameters()).device
+        budget, limit = automatic_budget(model, activations, args, device), f"what fits on {device}"
+    plan = make_plan(policy, region, activations, budget, limit)
+    install(model, plan)
+    return plan
+
+
+def _why_all(model: nn.Module) -> str | None:
+    """Why the model has to recompute every layer, or None."""
+    if isinstance(model, nn.DataParallel):
+        return "torch.nn.DataParallel copies the layers in every step (launch with torchrun or deepspeed instead)"
+    parent = parent_of(model)
+    if "_gradient_checkpointing_func" not in inspect.unwrap(type(parent).forward).__code__.co_names:
+        return f"{type(parent).__module__}.{type(parent).__name__}.forward calls torch.utils.checkpoint itself"
+    return None
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Have the model recompute the layers of `plan.recompute` and run the others directly; replaces an earlier plan.
+
+    The seam is `_gradient_checkpointing_func` of the module that runs the decoder layers: transformers 4.36 to 4.41 and
+    Bunny's modelling files call it with `layer.__call__` and the layer's arguments. The vision tower has its own.
+
+    Raises:
+        UnsupportedUpstream: the model does not call it, or gradient checkpointing is not switched on.
+    """
+    why_all = _why_all(model)
+    if why_all:
+        raise UnsupportedUpstream(f"{why_all}, so its layers can't be recomputed singly; allowed: --region_checkpointing all")
+    uninstall(model)
+    parent, modules = parent_of(model), find_decoder_layers(model).modules
+    if not parent.gradient_checkpointing or not hasattr(parent, "_gradient_checkpointing_func"):
+        raise UnsupportedUpstream(f"{type(parent).__name__} has gradient checkpointing switched off; give --gradient_checkpointing True")
+    index = {id(module): i for i, module in enumerate(modules)}
+    parent._gradient_checkpointing_func = _checkpoint_some(parent._gradient_checkpointing_func, index, plan)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the model its own checkpointing back."""
+    parent = parent_of(model)
+    function = parent.__dict__.get("_gradient_checkpointing_func")
+    if hasattr(function, "upstream"):
+        parent._gradient_checkpointing_func = function.upstream
+
+
+def _checkpoint_some(upstream: Callable, index: dict[int, int], plan: Plan) -> Callable:
+    recompute = frozenset(plan.recompute)
+    reentrant = getattr(upstream, "keywords", {}).get("use_reentrant") is not False
+
+    def checkpoint(function, hidden, *arguments):
+        layer = index[id(function.__self__)]
+        if layer < plan.first:
+            with torch.no_grad():
+                return function(hidden, *arguments)
+        if layer not in recompute:
+            return function(hidden, *arguments)
+        if reentrant and not hidden.requires_grad:
+            # reentrant checkpointing of an input without gradient would train nothing in this layer
+            hidden = hidden.detach().requires_grad_()
+        return upstream(function, hidden, *arguments)
+
+    checkpoint.upstream = upstream
+    return checkpoint
+
+
+@contextmanager
+def out_of_memory_hint(policy: str | None):
+    """Have an out-of-memory error name the flag that mends it; the error keeps its class and its own message."""
+    error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    try:
+        yield
+    except error as e:
+        tighter = {"none": "region or all", "region": "all", "auto": "region or all, or --region_memory with less than it kept"}.get(policy)
+        hint = f"--region_checkpointing {tighter}" if tighter else "a smaller --per_device_train_batch_size"
+        raise type(e)(f"{e} To train in less memory: {hint}.") from e
