@@ -44,6 +44,7 @@ def draw(rows: list[dict], path: Path) -> None:
     Bars span orders of magnitude where early layers go back, hence a logarithmic axis.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     files = list(dict.fromkeys(row["data"] for row in rows))
     sets = list(dict.fromkeys(tuple(row["reverted"]) for row in rows))
@@ -58,7 +59,11 @@ def draw(rows: list[dict], path: Path) -> None:
         bar = axes.bar(x, row["perplexity"] or 0, width * 0.9, color=f"C{number % 10}", label=name if first else None)
         axes.bar_label(bar, [_label(row["perplexity"], rise if row["reverted"] else None)], fontsize=7, padding=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.15)
+    axes.set_ylim(bottom=1)  # no perplexity is lower
     axes.set_xticks(range(len(files)), [Path(name).stem for name in files])
     axes.set_ylabel("perplexity of answers (log scale)")
     axes.legend(fontsize=8, frameon=False)
