@@ -13,7 +13,16 @@ from llava_region.errors import LlavaRegionError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file so that its name only ever holds the whole text.
+    """Write a text file (UTF-8) so that its name only ever holds the whole text.
+
+    Raises:
+        LlavaRegionError: the folder is not writable.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that its name only ever holds all of it.
 
     Raises:
         LlavaRegionError: the folder is not writable.
@@ -25,8 +34,8 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as e:
         raise LlavaRegionError(f"cannot write {path}: {e.strerror}") from e
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
