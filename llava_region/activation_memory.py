@@ -172,14 +172,14 @@ def _random_inputs(parent: nn.Module, length: int) -> dict[str, torch.Tensor]:
     return {"inputs_embeds": torch.randn(SAMPLES, length, width, device=weight.device).to(weight.dtype), "attention_mask": mask}
 
 
-def sample_model(config, *, model_class=None, lora=None, dtype=torch.float32, device="cpu") -> nn.Module:
+def sample_model(config, model_class: type, *, lora=None, dtype=torch.float32, device="cpu") -> nn.Module:
     """A model of two decoder layers of the config's shape, layer 0 frozen and layer 1 tuned, weights undefined.
 
     For measuring where the real layers can't be run by themselves: before weights are loaded, and under ZeRO-3.
 
     Args:
         config: of the backbone or of a LLaVA or Bunny model; its vision tower is left out.
-        model_class: class to build; default: the causal language model that transformers maps the config to.
+        model_class: of the causal language model (LlavaLlamaForCausalLM...).
         lora: a PEFT `LoraConfig`, of which everything but the target modules is used; None for full tuning.
     """
     config = copy.deepcopy(config)
@@ -193,7 +193,7 @@ def sample_model(config, *, model_class=None, lora=None, dtype=torch.float32, de
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            model = (model_class or _causal_class(config))(config)
+            model = model_class(config)
         model.to_empty(device=device).requires_grad_(False)
         modules = find_decoder_layers(model).modules
     finally:
@@ -206,18 +206,6 @@ def sample_model(config, *, model_class=None, lora=None, dtype=torch.float32, de
     names = linear_modules(model, [1])
     options = {"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "bias": lora.bias}
     return get_peft_model(model, LoraConfig(target_modules=names, use_rslora=lora.use_rslora, **options))
-
-
-def _causal_class(config):
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError as e:
-        raise LlavaRegionError(
-            f"transformers has no model class for {type(config).__name__} (model_type '{config.model_type}'); "
-            "measure it where its upstream is imported"
-        ) from e
 
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}

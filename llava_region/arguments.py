@@ -37,6 +37,21 @@ class RegionArguments:
         default=False,
         metadata={"help": "Where the base model's generation config can't be saved (sampling options without do_sample), set do_sample."},
     )
+    region_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "With --gradient_checkpointing True, the decoder layers that recompute their activations in the backward pass: all "
+            "(as upstream), region, none, or auto: as few as the memory asks for. Gradients are the same.",
+        },
+    )
+    region_memory: str | None = field(
+        default=None,
+        metadata={"help": "Most memory that activations may take under auto, such as 20GB. Default: what is free, less a margin."},
+    )
+    supervised_logits: bool = field(
+        default=True,
+        metadata={"help": "Compute the head's logits only at positions that have a label. The loss is the same within rounding."},
+    )
 
 
 CHOICES = {"check_images": ("sample", "all", "none")}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava_region.activation_memory import KeptBytes, format_size, free_memory, measure, parent_of, parse_size, sample_model
+from llava_region.activation_memory import format_size, free_memory, measure, parent_of, parse_size, sample_model
 from llava_region.decoder import find_decoder_layers, layer_index
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 
@@ -85,6 +85,8 @@ def check_flags(policy: str, memory: str | None, gradient_checkpointing: bool = 
     """
     if policy not in POLICIES:
         raise LlavaRegionError(f"--region_checkpointing '{policy}' is unknown; allowed: {', '.join(POLICIES)}")
+    if policy in ("all", "region") and not gradient_checkpointing:
+        raise LlavaRegionError(f"--region_checkpointing {policy} needs --gradient_checkpointing True; add it, or leave the policy out")
     if memory is None:
         return
     parse_size(memory)
@@ -154,10 +156,13 @@ def largest_batch(args) -> tuple[int, int]:
 
 
 def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
-    """Measure a model that is about to train: what its tuned and its frozen decoder layers keep for the largest batch.
+    """Measure what a model's tuned and frozen decoder layers keep for the largest batch.
+
+    Layers that can't be run by themselves are measured on a sample of the same shape: those of a model on the meta device
+    (the dry run's; the attention kernel is then this machine's), and those that ZeRO-3 spreads over the ranks.
 
     Args:
-        model: as it trains: bare, or under PEFT, DDP or DeepSpeed, ZeRO-3 included.
+        model: as it trains: bare, or under PEFT, DDP or DeepSpeed.
         args: upstream's TrainingArguments.
         context: makes the context the forward pass runs in (autocast).
     """
@@ -166,42 +171,26 @@ def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
     examples = {kind: tuned.index(kind) for kind in (True, False) if kind in tuned}
     parent = parent_of(model)
     weight = parent.get_input_embeddings().weight
-    if hasattr(weight, "ds_id"):  # ZeRO-3: a layer's weights are spread over the ranks
-        sample = sample_model(
-            parent.config, model_class=type(causal_of(model)), lora=_lora_config(model), dtype=weight.dtype, device=weight.device
-        )
+    device, dtype = weight.device, weight.dtype
+    if weight.is_meta:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if weight.is_meta or hasattr(weight, "ds_id"):
+        sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=dtype, device=device)
         kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
     else:
         measured = measure(model, examples.values(), context)
         kept = {kind: measured[layer] for kind, layer in examples.items()}
-    costs = [_cost(modules[examples[kind]]) for kind in tuned]
-    width = getattr(parent.config, "hidden_size", None) or parent.config.d_model
-    return _activations(tuned, kept, costs, args, width * weight.element_size(), lowest_differentiated(model))
-
-
-def activations_of_config(config, region, args, *, lora=None, dtype=torch.float32, below_trains: bool = True) -> Activations:
-    """The same before any weight is loaded, from the shape alone (for a dry run), with the attention kernel of this machine.
-
-    Args:
-        config: of the backbone.
-        region: indices of the tuned layers.
-        lora: a PEFT `LoraConfig`, or None for full tuning.
-        below_trains: whether the projector (or anything else in front of the decoder layers) is trained.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sample = sample_model(config, lora=lora, dtype=dtype, device=device)
-    kept = dict(zip((False, True), measure(sample, (0, 1)).values(), strict=True))
-    modules, count = find_decoder_layers(sample).modules, getattr(config, "num_hidden_layers", None) or config.n_layers
-    tuned = [i in region for i in range(count)]
-    width = getattr(config, "hidden_size", None) or config.d_model
-    first = 0 if below_trains else min(region)
-    return _activations(tuned, kept, [_cost(modules[int(kind)]) for kind in tuned], args, width * dtype.itemsize, first)
-
-
-def _activations(tuned: list[bool], kept: dict[bool, KeptBytes], costs, args, input_bytes: int, first: int) -> Activations:
     samples, length = largest_batch(args)
     sizes = {kind: found.at(samples, length) for kind, found in kept.items()}
-    return Activations(tuple(sizes[kind] for kind in tuned), tuple(costs), samples * length * input_bytes, first)
+    costs = {kind: _cost(modules[layer]) for kind, layer in examples.items()}
+    width = getattr(parent.config, "hidden_size", None) or parent.config.d_model
+    return Activations(
+        kept=tuple(sizes[kind] for kind in tuned),
+        costs=tuple(costs[kind] for kind in tuned),
+        layer_input=samples * length * width * dtype.itemsize,
+        first=lowest_differentiated(model),
+    )
 
 
 def _cost(layer: nn.Module) -> float:
@@ -338,12 +327,21 @@ def _checkpoint_some(upstream: Callable, index: dict[int, int], plan: Plan) -> C
 
 
 @contextmanager
-def out_of_memory_hint(policy: str | None):
-    """Have an out-of-memory error name the flag that mends it; the error keeps its class and its own message."""
+def out_of_memory_hint(args):
+    """Have an out-of-memory error name the flag that mends it; the error keeps its class and its own message.
+
+    Args:
+        args: upstream's TrainingArguments with `region_checkpointing`.
+    """
     error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     try:
         yield
     except error as e:
-        tighter = {"none": "region or all", "region": "all", "auto": "region or all, or --region_memory with less than it kept"}.get(policy)
-        hint = f"--region_checkpointing {tighter}" if tighter else "a smaller --per_device_train_batch_size"
+        hint = {
+            "none": "--region_checkpointing region or all",
+            "region": "--region_checkpointing all",
+            "auto": "--region_checkpointing region or all, or --region_memory with less than was kept",
+            "all": "a smaller --per_device_train_batch_size",
+        }[args.region_checkpointing]
+        hint = hint if args.gradient_checkpointing else "--gradient_checkpointing True"
         raise type(e)(f"{e} To train in less memory: {hint}.") from e

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_region.arguments import check_choices
+from llava_region.checkpointing import check_flags
 from llava_region.checkpoints import check_resumable
 from llava_region.data_check import check_data
 from llava_region.errors import LlavaRegionError
@@ -38,6 +39,7 @@ def check(upstream, module, flags: list[str]) -> Preflight:
     """
     args = parse(upstream.argument_classes(module), flags)
     check_choices(args)
+    check_flags(args.region_checkpointing, args.region_memory, args.gradient_checkpointing)
     check_combination(args)
     config_file = model_file(args, "config.json")
     if config_file is None:

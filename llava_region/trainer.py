@@ -8,16 +8,26 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from llava_region import checkpointing, supervised_loss
 from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
 from llava_region.checkpoints import EPOCH_RNG_FILE, NON_LORA_FILE, check_adapter, check_full, drop_incomplete, load_non_lora
 from llava_region.cost import CostMeter, write_cost
+from llava_region.errors import LlavaRegionError
 from llava_region.run import RegionRun
 
 __all__ = ["RegionRun", "RegionTrainerMixin", "finish", "region_trainer"]
 
 
 def region_trainer(upstream_trainer: type, run: RegionRun) -> type:
-    """A subclass of the upstream trainer, with this run's hooks; it bears the upstream's name."""
+    """A subclass of the upstream trainer, with this run's hooks; it bears the upstream's name.
+
+    Raises:
+        LlavaRegionError: the hooks of another run are applied.
+    """
+    if issubclass(upstream_trainer, RegionTrainerMixin):
+        raise LlavaRegionError(
+            f"the hooks of a run on '{upstream_trainer.run.spec}' are applied; leave its 'with applied(...)' block first"
+        )
     return type(upstream_trainer.__name__, (RegionTrainerMixin, upstream_trainer), {"run": run})
 
 
@@ -34,6 +44,7 @@ class RegionTrainerMixin:
         self.epoch_order = EpochOrder()
         self.add_callback(self.meter)
         self.add_callback(self.epoch_order)
+        self.set_up = False
         self.audit: GradientAudit | None = None
         self.first_step_done = False
         if self.args.should_save:
@@ -56,10 +67,25 @@ class RegionTrainerMixin:
             self.audit.see_labels(inputs.get("labels"))
         tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
         self.meter.count(inputs, getattr(tower, "num_patches", 1))
-        loss = super().training_step(model, inputs, *args)
+        with checkpointing.out_of_memory_hint(self.args):
+            if not self.set_up:
+                self._set_up_step(model)
+            loss = super().training_step(model, inputs, *args)
         if self.audit and self.audit.conclude(self.args.device, lambda t: self._over_ranks(t, "max")):
             self._first_step_passed()
         return loss
+
+    def _set_up_step(self, model):
+        """Before the first step: recompute no more layers than the memory asks for, compute logits only where labels are."""
+        self.set_up, said = True, []
+        if self.args.gradient_checkpointing:
+            plan = checkpointing.set_up(model, self.run.region.layers, self.args, self.accelerator.autocast)
+            said.append(plan.reason)
+        if self.args.supervised_logits:
+            kept = supervised_loss.install(model)
+            said.append(f"logits at every position: {kept}" if kept else "logits at supervised positions only")
+        if self.is_world_process_zero() and said:
+            print("\n".join(said), flush=True)
 
     def _first_step_passed(self):
         self.audit, self.first_step_done = None, True
@@ -161,8 +187,8 @@ def _numpy_state_loadable():
     import numpy
 
     safe_globals = getattr(torch.serialization, "safe_globals", None)
-    core = getattr(numpy, "_core", None) or numpy.core
-    allowed = [core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    reconstruct = numpy.zeros(1).__reduce__()[0]  # where it lives differs between NumPy 1 and 2
+    allowed = [reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
     with safe_globals(allowed) if safe_globals else nullcontext():
         yield
 

@@ -90,7 +90,10 @@ def plan_of(recompute, first=0) -> Plan:
 
 
 def arguments(policy="auto", limit=None, samples=2, length=24):
-    return SimpleNamespace(region_checkpointing=policy, region_memory=limit, per_device_train_batch_size=samples, model_max_length=length)
+    batch_of = {"per_device_train_batch_size": samples, "model_max_length": length}
+    return SimpleNamespace(
+        region_checkpointing=policy, region_memory=limit, gradient_checkpointing=True, bf16=False, fp16=False, **batch_of
+    )
 
 
 def assert_equal(found: dict, expected: dict) -> None:
@@ -119,6 +122,7 @@ def test_bad_sizes_are_refused(text):
         ("auto", "2 potatoes", True, "'2 potatoes' is no memory size"),
         ("none", "2GB", True, "it needs that policy"),
         ("auto", "2GB", False, "--gradient_checkpointing True"),
+        ("region", None, False, "--region_checkpointing region needs --gradient_checkpointing True"),
     ],
 )
 def test_bad_flags_are_refused(policy, limit, checkpointing, message):
@@ -128,12 +132,13 @@ def test_bad_flags_are_refused(policy, limit, checkpointing, message):
 
 def test_good_flags_are_accepted():
     for policy in ckpt.POLICIES:
-        ckpt.check_flags(policy, None, False)
+        ckpt.check_flags(policy, None, True)
+    ckpt.check_flags("auto", None, False)
     ckpt.check_flags("auto", "2GB", True)
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("phi", None), ("mpt", None)])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("phi", "eager"), ("mpt", "eager")])
 def test_measured_bytes_are_what_a_longer_batch_keeps(family, attention, lora):
     """One layer kept more than none: the difference in peak is what was measured on short sequences."""
     model = build(family, region=(4,), lora=lora, dropout=0.1, attention=attention)
@@ -178,8 +183,14 @@ def test_a_sample_of_two_layers_keeps_what_the_model_keeps(family, lora):
 
     model = build(family, lora=lora, dropout=0.05)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05) if lora else None
-    sample = memory.sample_model(memory.parent_of(model).config, lora=config)
+    sample = memory.sample_model(memory.parent_of(model).config, FAMILIES[family][0], lora=config)
     assert list(measure(sample, (0, 1)).values()) == list(measure(model, (2, 4)).values())
+
+
+def test_a_model_on_the_meta_device_is_planned_as_the_real_one():
+    model = build(region=(1, 4), dropout=0.05)
+    expected = ckpt.activations_of(model, arguments())
+    assert ckpt.activations_of(model.to("meta"), arguments()) == expected
 
 
 def test_fit_recovers_all_three_terms():
@@ -379,9 +390,9 @@ def test_install_needs_gradient_checkpointing():
 )
 def test_out_of_memory_names_the_flag(policy, hint):
     error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    with pytest.raises(error, match=f"CUDA out of memory.*{hint}"), ckpt.out_of_memory_hint(policy):
+    with pytest.raises(error, match=f"CUDA out of memory.*{hint}"), ckpt.out_of_memory_hint(arguments(policy)):
         raise error("CUDA out of memory.")
-    with pytest.raises(RuntimeError, match=r"^another$"), ckpt.out_of_memory_hint(policy):
+    with pytest.raises(RuntimeError, match=r"^another$"), ckpt.out_of_memory_hint(arguments(policy)):
         raise RuntimeError("another")
 
 
