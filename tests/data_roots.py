@@ -133,8 +133,8 @@ def write_mmbench(root: Path, rotations: bool = True) -> None:
     for row in mmbench_rows() if rotations else []:
         letters = [letter for letter in "ABCD" if row[letter]]
         for shift in range(1, len(letters)):
-            moved = {letter: row[letters[(i + shift) % len(letters)]] for i, letter in enumerate(letters)}
-            answer = letters[(letters.index(row["answer"]) - shift) % len(letters)]
+            moved = {letter: row[letters[(i - shift) % len(letters)]] for i, letter in enumerate(letters)}
+            answer = letters[(letters.index(row["answer"]) + shift) % len(letters)]
             rows.append({**row, **moved, "answer": answer, "index": row["index"] + shift * 1_000_000})
     path = root / "mmbench/mmbench_dev_20230712.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """MMBench, English dev: questions with up to four options under CircularEval (Liu et al., 2023b; paper, section 3.2.2).
 
-The official TSV holds every question once for each rotation of its options: row `index`, `index + 1000000`, and so on. A file
-of base rows alone gets its rotations here, numbered the same way.
+The official TSV holds every question once for each rotation of its options: row `index`, `index + 1000000`, and so on, each
+with the options one place further down than the last. A file of base rows alone gets its rotations here, numbered the same
+way; the official ones keep the last option of some questions in its place ("All above are not right"), so take that file.
 """
 
 from __future__ import annotations
@@ -90,21 +91,24 @@ def _options(row: dict) -> list[str]:
 
 
 def _example(row: dict, options: list[str], image: bytes, shift: int) -> Example:
-    """The row with its options moved up by `shift` places, the first ones to the end."""
+    """The row with its options moved down by `shift` places, the last ones to the top."""
     index = int(row["index"]) + shift * ROTATION
-    shown = options[shift:] + options[:shift]
+    shown = options[len(options) - shift :] + options[: len(options) - shift]
     answer = row["answer"]
     if shift:
-        answer = LETTERS[(LETTERS.index(answer) - shift) % len(options)]
+        answer = LETTERS[(LETTERS.index(answer) + shift) % len(options)]
     hint = [row["hint"]] if _given(row.get("hint")) else []
     prompt = "\n".join([*hint, row["question"], lettered(shown), LETTER_INSTRUCTION])
     return Example(index, prompt, image, Reference(index % ROTATION, index // ROTATION, shown, answer, row.get("category") or ""))
 
 
 def key(row: dict) -> str:
-    """The row's index; a `round_id`, which LLaVA's `--all-rounds` counts up, stands for that rotation of it."""
-    question_id = str(row["question_id"])
-    return str(int(question_id) + ROTATION * row.get("round_id", 0)) if question_id.isdigit() else question_id
+    """The row's index; LLaVA's `--all-rounds` writes rotations, the other way round, under one id with a `round_id`."""
+    question_id, round_id = str(row["question_id"]), row.get("round_id", 0)
+    if round_id and question_id.isdigit():
+        rotation, base = divmod(int(question_id), ROTATION)
+        return str(base + ROTATION * ((rotation - round_id) % len(row["options"])))
+    return question_id
 
 
 def correct(prediction: str, reference: Reference) -> bool:

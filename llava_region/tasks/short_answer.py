@@ -18,7 +18,6 @@ CUE = re.compile(r"\banswer(?:\s+is\b|\s*:)[\s:]*(?=\S)", re.IGNORECASE)
 OPTION = re.compile(r"^\(([A-Z])\) (.*)$", re.MULTILINE)
 BRACKETED = re.compile(r"\(([A-Z])\)")
 NUMBER = re.compile(r"(?<![\w.)])-?\d+(?:,\d{3})*(?:\.\d+)?")
-SUM_GOES_ON = re.compile(r"\s*[-+*/×=]\s*[-(\d]")
 BRACKETS = re.compile(r"[\[\](){}<>](?:\s*[\[\](){}<>])*")
 WORD = re.compile(r"[\w&']+")
 OPENING = " \n\t*\"'`$"
@@ -72,12 +71,12 @@ def _one_of_pair(text: str, pair: tuple[str, str]) -> str | None:
 
 
 def _number(text: str) -> float | None:
-    """The number that an answer opens with (unless a sum goes on behind it) or, failing that, names last."""
+    """The number that an answer opens with (unless it is worked out, with an `=`) or, failing that, names last."""
     text = to_digits(text.replace("−", "-"))
     found = list(NUMBER.finditer(text))
     if not found:
         return None
-    opens = not text[: found[0].start()].strip(OPENING) and not SUM_GOES_ON.match(text, found[0].end())
+    opens = not text[: found[0].start()].strip(OPENING) and "=" not in text
     return float((found[0] if opens else found[-1])[0].replace(",", ""))
 
 
