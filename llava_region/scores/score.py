@@ -1,0 +1,236 @@
+"""Score every decoder layer of a model by several metrics and write `scores.json` (paper: section 4.1, appendix A)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llava_region import __version__, atomic
+from llava_region.errors import LlavaRegionError
+from llava_region.model_folder import locate
+from llava_region.models import DTYPES, check_base, load, settings_folder, upstream_of
+from llava_region.region import num_layers_of, read_json
+from llava_region.scores.activations import ACTIVATION_METRICS
+from llava_region.scores.angular_distance_weights import angular_distance_weights
+from llava_region.scores.data import Sample, read_samples
+from llava_region.scores.parameter_change import FORMS, masked, parameter_change
+from llava_region.scores.partial import Progress, partial_files
+from llava_region.scores.pass_over_data import Plan, run_pass
+from llava_region.scores.ranks import Ranks, join_ranks
+from llava_region.scores.scores_file import correlation
+from llava_region.scores.weight_changes import weight_changes
+
+WEIGHT_METRICS = ("parameter_change", "angular_distance_weights")
+METRICS = ACTIVATION_METRICS + WEIGHT_METRICS
+# what each score is, in the words of `scores.json`
+MEANING = {
+    "block_influence": "1 - mean cosine of a token before and after the layer, over tokens, then samples",
+    "multimodal_block_influence": "1 - (mean over image tokens + mean over text tokens) / 2",
+    "angular_distance": "arccos(cosine) / pi of the layer's input and output at the last token",
+    "image_attention": "attention into image tokens, over heads and queries, by image tokens and heads",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to score; see `llava-region score --help`."""
+
+    metrics: tuple[str, ...] = METRICS
+    image_folder: Path | None = None
+    base: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    prompt: str | None = None
+    batch_size: int = 4
+    instances: int = 50
+    eps: float = 1e-6
+    device: str | None = None
+    dtype: str | None = None
+    template: str | None = None
+    attn_implementation: str | None = None
+    resume: bool = False
+    force: bool = False
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """`all` or names with commas, in the order of `METRICS`.
+
+    Raises:
+        LlavaRegionError: an unknown name.
+    """
+    names = {name.strip() for name in text.split(",")}
+    if names == {"all"}:
+        return METRICS
+    unknown = sorted(names - set(METRICS))
+    if unknown:
+        raise LlavaRegionError(f"unknown metric '{unknown[0]}'; allowed: all, or of {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name in names)
+
+
+def score(model: str | Path, data: list[Path], out: Path, options: Options) -> dict | None:
+    """Score a model's layers and write `out`.
+
+    Returns:
+        The content of the file; None in every process but the first.
+
+    Raises:
+        LlavaRegionError: bad input; before any weights are loaded.
+        Interrupted: stopped by a signal, progress saved beside `out`.
+    """
+    model = locate(model)
+    options = replace(options, base=_base(model, options))
+    samples, datasets = _check(model, data, out, options)
+    wanted = tuple(name for name in ACTIVATION_METRICS if name in options.metrics)
+    identity = _identity(model, datasets, options)
+    with join_ranks() as ranks:
+        weights = _weight_scores(model, options) if ranks.first else {}
+        activations = _activation_scores(model, samples, wanted, out, options, identity, ranks) if wanted else None
+        if not ranks.first:
+            return None
+        metrics = {**{name: _entry(name, *activations, options) for name in wanted}, **weights}
+        result = {
+            "num_layers": num_layers_of(settings_folder(model)),
+            "model": identity["model"],
+            "base": identity["base"],
+            "data": identity["data"],
+            "samples": len(samples),
+            "metrics": metrics,
+            "correlation": correlation(metrics),
+            "instances": _instances(activations[0], identity["data"]) if "image_attention" in wanted else [],
+            "llava_region_version": __version__,
+        }
+        atomic.write_json(out, result)
+        for path in partial_files(out):
+            path.unlink()
+        return result
+
+
+def _base(model: Path, options: Options) -> str | None:
+    """The backbone: as given, else the one that the run's `region.json` or adapter names, if it is there."""
+    if options.base is not None:
+        return str(locate(options.base))
+    for name, key in (("region.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
+        named = read_json(model / name).get(key) if (model / name).is_file() else None
+        if named:
+            try:
+                return str(locate(named))
+            except LlavaRegionError:
+                continue
+    return None
+
+
+def _check(model: Path, data: list[Path], out: Path, options: Options):
+    """Everything that can be refused before weights are read; returns the samples and their data sets."""
+    if out.suffix != ".json":
+        raise LlavaRegionError(f"the output {out} has to end in .json, as --tune_layers knows it by that")
+    atomic.refuse_existing(out, options.force)
+    upstream_of(model)
+    left = partial_files(out)
+    if left and not options.resume and not options.force:
+        raise LlavaRegionError(f"{left[0]} is left of an interrupted run; go on with --resume, or start again with --force")
+    for name in ("limit", "batch_size", "instances"):
+        if getattr(options, name) is not None and getattr(options, name) < (name != "instances"):
+            raise LlavaRegionError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: 1 or more")
+    if not options.eps >= 0:
+        raise LlavaRegionError(f"--eps is {options.eps}; allowed: 0 or more")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise LlavaRegionError(f"unknown dtype '{options.dtype}'; allowed: {', '.join(DTYPES)}")
+    weights = [name for name in options.metrics if name in WEIGHT_METRICS]
+    if weights and options.base is None:
+        raise LlavaRegionError(
+            f"{weights[0]} compares with the backbone; give it with --base, or leave {' and '.join(weights)} out of --metrics"
+        )
+    if not set(options.metrics) & set(ACTIVATION_METRICS):
+        return [], []
+    return _check_activations(model, data, options)
+
+
+def _check_activations(model: Path, data: list[Path], options: Options):
+    check_base(model, _load_base(model, options))
+    if not data:
+        raise LlavaRegionError("the activation metrics need data; give --data, or leave them out of --metrics")
+    samples, datasets = read_samples(data, options.image_folder, limit=options.limit, seed=options.seed, prompt=options.prompt)
+    images = [name for name in ("multimodal_block_influence", "image_attention") if name in options.metrics]
+    if images and not any(sample.images for sample in samples):
+        raise LlavaRegionError(
+            f"no record has an image, which {images[0]} needs; leave {' and '.join(images)} out of --metrics, or give other data"
+        )
+    if any(sample.images for sample in samples) and upstream_of(model) is None:
+        raise LlavaRegionError(f"{model} is a language model without a vision tower, and the data has images; give data without")
+    return samples, datasets
+
+
+def _load_base(model: Path, options: Options) -> Path | None:
+    """What `models.load` needs: the base of an adapter; a whole model takes none."""
+    return Path(options.base) if options.base and (model / "adapter_config.json").is_file() else None
+
+
+def _identity(model: Path, datasets, options: Options) -> dict:
+    """What a partial result belongs to, and what the scores file says of its origin."""
+    kept = ("metrics", "limit", "seed", "prompt", "batch_size", "instances", "dtype", "template", "attn_implementation")
+    chosen = asdict(options)
+    return {
+        "model": fingerprint(model),
+        "base": fingerprint(Path(options.base)) if options.base else None,
+        "data": [dataset.to_dict() for dataset in datasets],
+        "options": {name: chosen[name] for name in kept},
+    }
+
+
+def fingerprint(model: Path) -> dict:
+    """A model folder and a hash of its config and of its weight files' names, sizes and times (not of their content: too slow)."""
+    digest = hashlib.sha256((settings_folder(model) / "config.json").read_bytes())
+    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin"), *model.glob("adapter_config.json")]):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return {"folder": str(model), "fingerprint": digest.hexdigest()}
+
+
+def _weight_scores(model: Path, options: Options) -> dict[str, dict]:
+    if not set(options.metrics) & set(WEIGHT_METRICS):
+        return {}
+    layers = weight_changes(model, options.base, options.eps)
+    metrics = {}
+    if "parameter_change" in options.metrics:
+        for form in FORMS:
+            scores = [parameter_change(layer, form) for layer in layers]
+            given = {"form": form}
+            if form == "elementwise":
+                given |= {
+                    "eps": options.eps,
+                    "masked": [masked(layer) for layer in layers],
+                    "elements": [sum(t.numel for t in layer) for layer in layers],
+                }
+            name = "parameter_change" if form == "elementwise" else f"parameter_change_{form}"
+            metrics[name] = {"scores": scores, "options": given, "samples": None}
+    if "angular_distance_weights" in options.metrics:
+        given = {"mean": "over the layer's parameter tensors, each as one vector"}
+        scores = [angular_distance_weights(layer) for layer in layers]
+        metrics["angular_distance_weights"] = {"scores": scores, "options": given, "samples": None}
+    return metrics
+
+
+def _activation_scores(model: Path, samples: list[Sample], metrics, out: Path, options: Options, identity: dict, ranks: Ranks):
+    """What all processes found, and the dtype that the model ran in."""
+    loaded = load(
+        model, _load_base(model, options), device=options.device or ranks.device, dtype=options.dtype, template=options.template,
+        attn_implementation=options.attn_implementation,
+    )  # fmt: skip
+    batches = [samples[i : i + options.batch_size] for i in range(0, len(samples), options.batch_size)]
+    plan = Plan(batches, metrics, options.prompt, options.instances, out, identity)
+    return run_pass(loaded, plan, ranks, options.resume), str(loaded.model.dtype).removeprefix("torch.")
+
+
+def _entry(metric: str, found: Progress, dtype: str, options: Options) -> dict:
+    text = {"prompt": options.prompt} if options.prompt is not None else {"text": "the records' conversations"}
+    given = {"score": MEANING[metric], **text, "limit": options.limit, "seed": options.seed, "dtype": dtype}
+    return {"scores": found.sums.scores(metric), "options": given, "samples": found.sums.samples(metric)}
+
+
+def _instances(found: Progress, datasets: list[dict]) -> list[dict]:
+    """Image attention of single records, by data file, in the file's order."""
+    out = []
+    for number, dataset in enumerate(datasets):
+        rows = sorted((int(index), row) for index, row in found.attention.get(str(number), {}).items())
+        out.append({"data": Path(dataset["file"]).stem, "records": [index for index, _ in rows], "scores": [row for _, row in rows]})
+    return out
