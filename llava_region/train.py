@@ -91,6 +91,10 @@ def train(upstream, script: str, flags: list[str]) -> None:
 
         show(upstream, checked)
         return
+    import transformers
+
+    # upstream seeds only when the trainer is built, after LoRA and projector were drawn: two runs would never be alike
+    transformers.set_seed(args.seed)
     run = upstream.entry(script)
     options = {"upstream_version": upstream.version(), "base_model": args.model_name_or_path}
     with upstream.applied(checked.region, fix_generation_config=args.fix_generation_config, **options):
