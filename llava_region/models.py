@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava_region.decoder import find_decoder_layers, is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
+from llava_region.model_folder import locate
 from llava_region.region import num_layers_of, read_json
 
 IGNORE = -100
@@ -69,6 +70,11 @@ class LoadedModel:
     def max_length(self) -> int | None:
         """Tokens, image features included, after which the upstream cuts a sequence; None: never."""
         return getattr(self.model.config, "tokenizer_model_max_length", None)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that an image becomes; 0 for a plain language model."""
+        return 0 if self.image_processor is None else self.model.get_vision_tower().num_patches
 
     def prompt(self, question: str, images: int = 0) -> str:
         """The question after `images` image placeholders in the model's conversation template, with an empty answer."""
@@ -212,6 +218,7 @@ def load(
     """Load a LLaVA or Bunny model, a LoRA run of one on its base (merged in memory), or a plain language model (text only).
 
     Args:
+        folder: a folder, or a Hugging Face name in the local cache.
         base: what a LoRA run (or a pretrained projector) was trained on; for nothing else.
         device: default CUDA if there is any, else CPU.
         dtype: torch dtype or its name; default fp32 on CPU, else what `config.json` says, or bf16.
@@ -220,7 +227,7 @@ def load(
     Raises:
         LlavaRegionError: not a model, an adapter without its base, an unknown template, weights missing or left over.
     """
-    folder, base = Path(folder), Path(base) if base else None
+    folder, base = locate(folder), locate(base) if base else None
     upstream = upstream_of(folder)
     check_base(folder, base)
     settings = settings_folder(folder)
