@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path
@@ -18,6 +19,8 @@ COLUMNS = 6  # question, four options, letter
 SOURCE = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 DEV = "mmlu/dev/{part}_dev.csv or mmlu/data/dev/{part}_dev.csv"
 TEST = "mmlu/test/{part}_test.csv or mmlu/data/test/{part}_test.csv"
+
+FIRST_SHOT = re.compile(r"\A(The following are .*?\.\n\n).*?\nAnswer: [A-D]\n\n", re.DOTALL)
 
 CATEGORIES = {
     "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics
@@ -57,6 +60,12 @@ def examples(data_root: str | Path) -> list[Example]:
             prompt = f"{header}{_question(row)}\n{LETTER_INSTRUCTION}"
             found.append(Example(f"{subject}/{n}", prompt, None, Reference(row[-1], subject)))
     return found
+
+
+def shorten(prompt: str) -> str | None:
+    """The prompt without its first shot, as the official evaluation drops shots where a prompt is too long; None if it has none."""
+    shorter = FIRST_SHOT.sub(r"\1", prompt, count=1)
+    return None if shorter == prompt else shorter
 
 
 def _question(row: list[str]) -> str:
@@ -113,4 +122,5 @@ TASK = Task(
     read=examples,
     score=score,
     parts=tuple(sorted(CATEGORY_OF)),
+    shorten=shorten,
 )

@@ -75,6 +75,7 @@ class Task:
             percent, "n" the questions it is over, "missing" those without an answer, which count as wrong.
         key: (row of an answers file) -> key of its question.
         parts: what `{part}` in the files' paths stands for.
+        shorten: (prompt) -> the prompt with one shot less, or None where it has none left; None for a task without shots.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Task:
     score: Callable[[list[Example], dict[Hashable, str]], dict]
     key: Callable[[dict], Hashable] = id_key
     parts: tuple[str, ...] = ()
+    shorten: Callable[[str], str | None] | None = None
 
     def key_of(self, example: Example) -> Hashable:
         """The key under which the example's answer is looked up: that of the row written for it."""
