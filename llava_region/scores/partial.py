@@ -80,7 +80,10 @@ def _load(path: Path, identity: dict, num_layers: int) -> Progress:
         other = next((key for key in identity if found.get(key) != json.loads(json.dumps(identity[key]))), None)
         if other:
             raise LlavaRegionError(f"{path} was made with another {other}; give the same as then, or start again with --force")
-        sums.table += torch.tensor(data["table"], dtype=torch.float64)
+        table = torch.tensor(data["table"], dtype=torch.float64)
+        if table.shape != sums.table.shape:
+            raise LlavaRegionError(f"{path} is damaged: its table is {list(table.shape)}; start again with --force")
+        sums.table = table
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
         raise LlavaRegionError(f"{path} is damaged ({e}); start again with --force") from e
     return Progress(found, sums, done, attention)

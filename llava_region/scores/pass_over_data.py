@@ -14,7 +14,7 @@ import torch
 from llava_region.progress import progress_bar
 from llava_region.scores.activations import measure
 from llava_region.scores.data import Sample, embed_inputs
-from llava_region.scores.interrupt import stop_on_signals
+from llava_region.scores.interrupt import Stop, stop_on_signals
 from llava_region.scores.partial import Progress, partial_file, partial_files, resume
 from llava_region.scores.ranks import Ranks
 from llava_region.scores.sums import Sums
@@ -54,26 +54,40 @@ def run_pass(loaded, plan: Plan, ranks: Ranks, resumed: bool) -> Progress:
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM and the batch that was running.
-        LlavaRegionError: an image cannot be read, or an earlier run's progress is of another model, data or options.
+        LlavaRegionError: an image cannot be read (progress is saved too), or an earlier run's progress does not belong to this one.
     """
     found = _start(loaded.num_layers, plan, ranks, resumed)
     done = set(ranks.broadcast(found.done))
     mine = ranks.share([number for number in range(len(plan.batches)) if number not in done])
-    with stop_on_signals() as stop, progress_bar("scoring (batches)", len(mine), enabled=ranks.first) as advance:
+    with stop_on_signals() as stop:
+        try:
+            _score_batches(loaded, plan, mine, found, ranks, stop)
+        except Exception:  # a broken image, memory full: what was found so far is worth keeping
+            if found.done:
+                found.save(partial_file(plan.out, ranks.rank))
+            raise
+        if ranks.size > 1:  # another process may be stopped while this one waits for it
+            found.save(partial_file(plan.out, ranks.rank))
+        return _together(found, ranks)
+
+
+def _score_batches(loaded, plan: Plan, mine: list[int], found: Progress, ranks: Ranks, stop: Stop) -> None:
+    with progress_bar("scoring (batches)", len(mine), enabled=ranks.first) as advance:
         saved = time.monotonic()
         for number, inputs in _prepared(loaded, plan, mine):
             if stop.requested:
-                _interrupt(found, plan, ranks)
+                break
             _add_batch(loaded, plan, number, inputs, found)
             advance()
             if time.monotonic() - saved > SAVE_SECONDS:
                 found.save(partial_file(plan.out, ranks.rank))
                 saved = time.monotonic()
-        if stop.requested:
-            _interrupt(found, plan, ranks)
-        if ranks.size > 1:  # another process may be stopped while this one waits for it
-            found.save(partial_file(plan.out, ranks.rank))
-        return _together(found, ranks)
+    if stop.requested:
+        path = partial_file(plan.out, ranks.rank)
+        found.save(path)
+        done = sum(len(plan.batches[number]) for number in found.done)
+        who = f"process {ranks.rank}: " if ranks.size > 1 else ""
+        raise Interrupted(f"{who}interrupted after {done} of {plan.samples} samples, saved in {path}; go on with --resume")
 
 
 def _start(num_layers: int, plan: Plan, ranks: Ranks, resumed: bool) -> Progress:
@@ -124,14 +138,6 @@ def _add_batch(loaded, plan: Plan, number: int, inputs: list, found: Progress) -
     for sample, row in zip(plan.batches[number], attention, strict=True):
         if sample.place < plan.instances and sample.images:
             found.attention.setdefault(str(sample.dataset), {})[str(sample.index)] = row.tolist()
-
-
-def _interrupt(found: Progress, plan: Plan, ranks: Ranks) -> None:
-    path = partial_file(plan.out, ranks.rank)
-    found.save(path)
-    done = sum(len(plan.batches[number]) for number in found.done)
-    who = f"process {ranks.rank}: " if ranks.size > 1 else ""
-    raise Interrupted(f"{who}interrupted after {done} of {plan.samples} samples, saved in {path}; go on with --resume")
 
 
 def _together(found: Progress, ranks: Ranks) -> Progress:
