@@ -1,6 +1,8 @@
 """Checkpoints are read lazily and exactly, written in a stream, and refused when broken."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -77,6 +79,45 @@ def test_writes_what_the_safetensors_library_reads(tmp_path, kind, shard_bytes):
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(expected) and index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
         assert all(sum(t.nbytes for t in load_file(f).values()) <= 60 for f in files)
+
+
+@pytest.mark.parametrize("failure", ["EXDEV", "no such call", "copies nothing", "stops half-way"])
+def test_copies_by_hand_where_the_kernel_cannot(tmp_path, monkeypatch, failure):
+    def copy(source, target, count):
+        if failure == "stops half-way" and count > 20:
+            return os.write(target, os.read(source, 8))
+        if failure in ("EXDEV", "stops half-way"):
+            raise OSError(errno.EXDEV, "other filesystem")
+        return 0
+
+    monkeypatch.setattr("os.copy_file_range", copy)
+    if failure == "no such call":
+        monkeypatch.delattr("os.copy_file_range")
+    monkeypatch.setattr("llava_region.weights._IO_BYTES", 16)
+    (tmp_path / "out").mkdir()
+    write_checkpoint(tmp_path / "out", Checkpoint(write_folder(tmp_path / "m", "safetensors")))
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors().items())
+
+
+def test_a_failing_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def copy(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.copy_file_range", copy)
+    with pytest.raises(LlavaRegionError, match=r"cannot write .*: No space left"):
+        write_checkpoint(tmp_path, Checkpoint(write_folder(tmp_path / "m", "safetensors")))
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    checkpoint = Checkpoint(write_folder(tmp_path / "m", "safetensors"))
+    file = tmp_path / "m/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LlavaRegionError, match="ended early"):
+        write_checkpoint(tmp_path / "out", checkpoint)
+    with pytest.raises(LlavaRegionError, match="ended early"):
+        {name: checkpoint.tensor(name) for name in checkpoint}
 
 
 def test_a_bin_file_is_mapped_again_and_still_right(tmp_path, monkeypatch):
