@@ -66,3 +66,12 @@ TABLE_4 = (
     Row(LLAVA_7B, "LLM backbone", (49.78, 29.33)),
 )
 TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4}
+
+# Section 4.1: the eight layers of Bunny-Llama-3-8B-V that each metric ranks highest.
+IMPORTANCE_SETS = {
+    "Image Attention Score": (1, 2, 3, 4, 5, 27, 29, 31),
+    "Parameter Change Ratio": (0, 2, 9, 12, 23, 24, 25, 26),
+    "Block Influence Score": (12, 15, 18, 25, 27, 29, 30, 31),
+    "Multimodal BI Score": (0, 1, 2, 3, 4, 5, 9, 31),
+    "Angular Distance": (0, 1, 2, 3, 5, 6, 7, 8),
+}

@@ -135,7 +135,7 @@ def test_locks_of_killed_builds_are_found(tmp_path, monkeypatch):
 
 
 def test_unmet_requirements_are_found(monkeypatch):
-    lines = ["tokenizers<0.19,>=0.14", "torch; extra == 'torch'", "numpy>=1.17", "absent-package>=1"]
+    lines = ["tokenizers<0.19,>=0.14", "torch>=9; extra == 'torch'", "numpy>=1.17", "absent-package>=1"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: lines)
     monkeypatch.setattr(doctor.metadata, "version", lambda name: {"tokenizers": "0.20.0", "numpy": "1.26.4", "torch": "0.1"}[name])
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "absent-package" else doctor.metadata.version(name))

@@ -53,7 +53,8 @@ def rows(facts, findings) -> list[tuple[str, str, str, str, str]]:
     out = []
     for component, specs in doctor.SUPPORTED.items():
         installed = facts.versions.get(component, "not installed")
-        out.append((component, installed, specs["llava"], specs["bunny"], worst.get(component, "ok")))
+        state = worst.get(component, "ok" if facts.has(component) else "-")
+        out.append((component, installed, specs["llava"], specs["bunny"], state))
     out.insert(2, ("cuda", facts.cuda or "none in torch", "any", "any", worst.get("cuda", "ok")))
     out.insert(3, ("GPU", ", ".join(facts.gpus) or "none", "any", "any", worst.get("cuda", "ok")))
     for upstream, commit in (("llava", "c121f04"), ("bunny", "08273ac")):
