@@ -120,7 +120,7 @@ def _add_score(run: Run, path: Path, task: str, result) -> None:
         raise LlavaRegionError(f"the score of {task} in {path} is {score!r}; allowed: 0 to 100 percent")
     asked, missing = result.get("n", 0), result.get("missing", 0)
     if result.get("limit") or not asked:
-        run.partial[task] = (score, f"limited to {asked:,} questions")
+        run.partial[task] = (score, f"limited to the first {asked:,}")
     elif missing:
         run.partial[task] = (score, f"{missing:,} answers missing")
     else:

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -150,7 +151,7 @@ def without(task):
     ("scores", "results", "cell", "note"),
     [
         (without("gqa"), {}, "-", "GQA not evaluated"),
-        (WHOLE, {"gqa": {"score": 99.5, "n": 50, "missing": 0, "limit": 50}}, "(99.50)", "GQA limited to 50 questions"),
+        (WHOLE, {"gqa": {"score": 99.5, "n": 50, "missing": 0, "limit": 50}}, "(99.50)", "GQA limited to the first 50"),
         (WHOLE, {"gqa": {"score": 99.5, "n": 12578, "missing": 1200}}, "(99.50)", "GQA 1,200 answers missing"),
     ],
 )
@@ -564,3 +565,22 @@ def test_tables_need_neither_torch_nor_matplotlib(table_2):
     code = "import sys; from llava_region.cli import main; main(sys.argv[1:]); print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, "report", *map(str, table_2)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_eval_writes_is_what_report_reads(tiny, llava_checkpoint, lora_run, tmp_path, monkeypatch):
+    from llava_region.evaluate import evaluate
+    from tests.data_roots import write_bbh, write_gqa
+
+    real = tasks.load
+    monkeypatch.setattr(tasks, "load", lambda name: replace(real(name), max_new_tokens=4))  # untrained, it seldom ends an answer
+    write_gqa(tmp_path / "data")
+    write_bbh(tmp_path / "data")
+    evaluate(llava_checkpoint, ["bbh", "gqa"], tmp_path / "data", tmp_path / "full", limit=1, device="cpu")
+    evaluate(lora_run, ["gqa"], tmp_path / "data", tmp_path / "region", base=tiny.backbone, device="cpu")
+    evaluate(tiny.backbone, ["bbh"], tmp_path / "data", tmp_path / "backbone", device="cpu")
+    runs = read_runs([tmp_path / name for name in ("full", "region", "backbone")])
+    assert [(run.layers, run.num_layers, run.family) for run in runs] == [
+        (tuple(range(8)), 8, "vicuna-tiny"), ((1, 6), 8, "vicuna-tiny"), (None, None, "vicuna-tiny"),
+    ]  # fmt: skip
+    assert [sorted(run.scores) for run in runs] == [[], ["gqa"], ["bbh"]]
+    assert {task: why for task, (_, why) in runs[0].partial.items()} == {"bbh": "limited to the first 1", "gqa": "limited to the first 1"}
