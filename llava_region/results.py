@@ -1,4 +1,7 @@
-"""Runs to report on: what `llava-region eval` wrote, joined with the region and the cost of the model it was about."""
+"""Runs to report on: what `llava-region eval` wrote, joined with the region and the cost of the model it was about.
+
+A training run's own folder stands for the run without any score: enough for what is about cost (Figure 3).
+"""
 
 from __future__ import annotations
 
@@ -58,12 +61,12 @@ def read_runs(folders: list[Path], costs: dict[str, str] | None = None, scales: 
     """Read evaluation folders.
 
     Args:
-        folders: each the `--out` of `llava-region eval`.
+        folders: each the `--out` of `llava-region eval`, or a training run's own folder, which has no scores.
         costs: run name -> its `cost.json`, where it does not lie in the model's folder.
         scales: run name -> percent of the data, where it is not to be taken from the samples in `cost.json`.
 
     Raises:
-        LlavaRegionError: a folder is given twice or holds no `results.json`, a file is malformed, or `costs` or `scales` name no run.
+        LlavaRegionError: a folder is given twice or is none of these, a file is malformed, or `costs` or `scales` name no run.
     """
     names = _names(folders)
     for option, given in (("--cost", costs or {}), ("--data-scale", scales or {})):
@@ -90,16 +93,11 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read_run(name: str, folder: Path, cost: str | None) -> Run:
-    path = folder / RESULTS_FILE
-    if not path.is_file():
-        raise LlavaRegionError(f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval'")
-    data = read_json(path)
-    if not isinstance(data, dict) or not isinstance(data.get("tasks"), dict):
-        raise LlavaRegionError(f"{path} has no 'tasks'; write it again with 'llava-region eval'")
+    data, path = _read_results(folder)
     model = str(data.get("model") or folder)
     region, upstream = data.get("region"), data.get("upstream")
     origin = (region or {}).get("base_model") or data.get("base") or (None if upstream else model)
-    run = Run(name, folder, model, family=_basename(origin))
+    run = Run(name, folder, model, family=_model_name(origin))
     for task, result in data["tasks"].items():
         _add_score(run, path, task, result)
     if region:
@@ -109,6 +107,21 @@ def _read_run(name: str, folder: Path, cost: str | None) -> Run:
         run.layers = tuple(range(run.num_layers))
     run.cost = _read_cost(folder, model, cost)
     return run
+
+
+def _read_results(folder: Path) -> tuple[dict, Path]:
+    """What `results.json` of an evaluation says, or the same form for a training run's folder; and the file it came from."""
+    path, region = folder / RESULTS_FILE, folder / REGION_FILE
+    if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
+        return {"model": str(folder), "upstream": None, "region": read_json(region), "tasks": {}}, region
+    if not path.is_file():
+        raise LlavaRegionError(
+            f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval', or a finished training run"
+        )
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), dict):
+        raise LlavaRegionError(f"{path} has no 'tasks'; write it again with 'llava-region eval'")
+    return data, path
 
 
 def _add_score(run: Run, path: Path, task: str, result) -> None:
@@ -141,8 +154,11 @@ def _add_region(run: Run, path: Path, region: dict) -> None:
     run.metric = (region.get("scores") or {}).get("metric")
 
 
-def _basename(path: str | None) -> str:
-    return Path(path.rstrip("/")).name if path else ""
+def _model_name(path: str | None) -> str:
+    """Last part of a model's folder or hub id; of a folder in the hub's cache, the model's name and not the snapshot's hash."""
+    parts = Path(path).parts if path else ()
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return cached.split("--")[-1] if cached else parts[-1] if parts else ""
 
 
 def _read_cost(folder: Path, model: str, given: str | None) -> dict | None:
@@ -162,7 +178,7 @@ def _join_families(runs: list[Run]) -> None:
     """Put a model of unknown origin, such as the upstream's own release, into the only family there is with as many layers."""
     for run in [run for run in runs if not run.family]:
         fitting = {other.family for other in runs if other.family and run.num_layers in (None, other.num_layers)}
-        run.family = fitting.pop() if len(fitting) == 1 else _basename(run.model)
+        run.family = fitting.pop() if len(fitting) == 1 else _model_name(run.model)
 
 
 def _set_data_scales(runs: list[Run], scales: dict[str, str]) -> None:

@@ -322,6 +322,26 @@ def test_cost_is_found_beside_the_model(tmp_path):
     assert read_runs([moved])[0].cost["gpu_hours"] == 1.0
 
 
+def test_training_runs_stand_for_themselves_in_figure_3(scaled, tmp_path):
+    folders = [tmp_path / "models" / name for name in ("32-100", "8-100")]
+    runs = read_runs(folders)
+    assert [(run.name, len(run.layers), run.scores) for run in runs] == [("32-100", 32, {}), ("8-100", 8, {})]
+    data, _ = plots.figure_data(3, runs)
+    assert data["Meta-Llama-3-8B-Instruct"][0]["gpu_hours"] == [18, 42]
+    (folders[0] / "cost.json").unlink()  # not finished
+    with pytest.raises(LlavaRegionError, match="or a finished training run"):
+        read_runs(folders)
+
+
+def test_a_backbone_from_the_hubs_cache_is_of_its_models_family(tmp_path):
+    cached = "/cache/models--meta-llama--Meta-Llama-3-8B-Instruct/snapshots/0a1b2c"
+    folders = [
+        evaluated(tmp_path, "8", {"mmlu": 60.0}, region_of("sparse:8")),
+        evaluated(tmp_path, "backbone", {"mmlu": 60.0}, None, upstream=None, model=cached),
+    ]
+    assert {run.family for run in read_runs(folders)} == {"Meta-Llama-3-8B-Instruct"}
+
+
 def test_names_tell_runs_apart(tmp_path):
     folders = [evaluated(tmp_path / run, "eval", WHOLE, region_of("all")) for run in ("a", "b") if (tmp_path / run).mkdir() is None]
     assert [run.name for run in read_runs(folders)] == ["a/eval", "b/eval"]

@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    runs: list[Path] = typer.Argument(..., metavar="DIR...", help="Output folders of llava-region eval."),
+    runs: list[Path] = typer.Argument(..., metavar="DIR...", help="Output folders of llava-region eval; for Figure 3 also of training."),
     baseline: list[str] = typer.Option(
         [], "--baseline", metavar="RUN", help="Run that percentages refer to, one a model. Default: the one that tuned all layers."
     ),
