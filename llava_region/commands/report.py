@@ -35,6 +35,7 @@ def command(
     """
     from llava_region import plots, report
     from llava_region.errors import LlavaRegionError
+    from llava_region.progress import track
     from llava_region.results import read_runs
     from llava_region.tables import WRITERS
 
@@ -56,7 +57,7 @@ def command(
             print(f"figure {number}: {remark}", file=sys.stderr)
     if out is not None:
         files += report.write_tables(tables, out, form)
-        for number, data in figures.items():
+        for number, data in track(figures.items(), "Drawing figures"):
             files += plots.draw(number, data, out)
     if as_json:
         data = {"tables": {n: dataclasses.asdict(t) for n, t in tables.items()}, "figures": figures, "files": [str(f) for f in files]}
