@@ -22,6 +22,7 @@
 # Flags after the launcher's name are put last, so they override everything here.
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$SCRIPTS/launching.sh"
 
 MODE=${MODE:-lora}
 TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
@@ -31,30 +32,13 @@ NNODES=${NNODES:-1}
 PYTHON=${PYTHON:-python}
 TRAIN_SCRIPT=${TRAIN_SCRIPT:-$FAMILY}
 
-die() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 whole_number() { # NAME VALUE LEAST
     [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || die "$1 is '$2'; allowed: a whole number, at least $3"
 }
 
-visible_gpus() {
-    local found=1
-    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-        found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
-    elif command -v nvidia-smi >/dev/null; then
-        found=$(nvidia-smi --list-gpus | wc -l)
-    fi
-    echo $((found > 0 ? found : 1))
-}
-
 # LoRA runs need both the family's name and "lora" in the folder's name: upstream's loader goes by it.
 choose_output() {
-    local region=${TUNE_LAYERS##*/}
-    region=${region//%/pct}
-    OUT=${OUT:-checkpoints/$NAME-$MODE-${region//[^A-Za-z0-9.]/-}}
+    OUT=${OUT:-checkpoints/$NAME-$MODE-$(region_name "$TUNE_LAYERS")}
     local folder
     folder=$(basename "$OUT")
     folder=${folder,,}
@@ -170,9 +154,7 @@ launch() {
     command+=(--evaluation_strategy no --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1)
     command+=(--logging_steps 1 --report_to none "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
-        printf '%q' "${command[0]}"
-        printf ' %q' "${command[@]:1}"
-        echo
+        print_command "${command[@]}"
         return
     fi
     exec "${command[@]}"

@@ -1,0 +1,186 @@
+# shellcheck shell=bash disable=SC2034,SC2153 # the drivers read what is set here, and set TASKS
+# Shared by the drivers beside it (sourced, not run): train, score, prune, evaluate and report, each step once.
+#
+# A step whose output is there is not run again, an interrupted one goes on where it was; the drivers share runs and
+# evaluations, so Table 2 trains only what Table 1 has not. From the environment, beside the settings of ../train/common.sh:
+#   RESULTS=results/reproduce   all that is written: runs/ scores/ pruned/ eval/ and a folder for each table or figure
+#   EVAL_DATA=data/eval         the benchmarks' official files; `llava-region eval --list` says which
+#   FLICKR_LIST FLICKR_IMAGES   JSON list of Flickr30k's image names, and their folder: 1,000 are drawn for block influence
+#   ATTENTION_DATA ATTENTION_IMAGES   data files of DocVQA, OCRVQA, TDIUC and RefCOCOg (with spaces between), 50 drawn of each
+#   BUNNY_LLAMA3_8B_MODEL, LLAVA_7B_MODEL, LLAVA_13B_MODEL   the backbones' folders; likewise ..._VISION_TOWER,
+#                               ..._PROJECTOR, ..._DATA and ..._IMAGES, which go before the setting without the model's name
+#   TASKS                       benchmarks, with commas between; default: those of the table or figure
+#   TRAIN_FLAGS EVAL_FLAGS SCORE_FLAGS PRUNE_FLAGS   more flags for these commands
+#   TRAIN_WITH                  put before every launcher, such as "sbatch --wait --nodes 2 scripts/slurm/train.sbatch"
+#   DRY_RUN=1                   print every command, finished or not, one on a line, and run none
+
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$SCRIPTS/launching.sh"
+
+RESULTS=${RESULTS:-results/reproduce}
+EVAL_DATA=${EVAL_DATA:-data/eval}
+FLICKR_LIST=${FLICKR_LIST:-data/flickr30k/images.json}
+FLICKR_IMAGES=${FLICKR_IMAGES:-data/flickr30k/images}
+ATTENTION_DATA=${ATTENTION_DATA:-data/attention/docvqa.json data/attention/ocrvqa.json data/attention/tdiuc.json data/attention/refcocog.json}
+ATTENTION_IMAGES=${ATTENTION_IMAGES:-data/attention/images}
+MODE=${MODE:-lora}
+PYTHON=${PYTHON:-python}
+DRY_RUN=${DRY_RUN:-0}
+NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
+VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
+export MODE PYTHON DRY_RUN NUM_GPUS
+
+REGION=("$PYTHON" -m llava_region)
+REGION_ON_ALL_GPUS=("${REGION[@]}")
+((NUM_GPUS == 1)) || REGION_ON_ALL_GPUS=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" -m llava_region)
+if [[ -n ${BUNNY_ROOT:-} ]]; then
+    on_path=(env "PYTHONPATH=$BUNNY_ROOT${PYTHONPATH:+:$PYTHONPATH}")
+    REGION=("${on_path[@]}" "${REGION[@]}")
+    REGION_ON_ALL_GPUS=("${on_path[@]}" "${REGION_ON_ALL_GPUS[@]}")
+fi
+
+# The words of a setting that holds several flags or files.
+words_of() {
+    read -ra words <<<"${1:-}"
+}
+
+# OUTPUT COMMAND...: run a command unless its output is there.
+once() {
+    local output=$1
+    shift
+    if [[ $DRY_RUN == 1 ]]; then
+        print_command "$@"
+    elif [[ -e $output ]]; then
+        echo "done before: $output" >&2
+    else
+        run_step "$output" "$@"
+    fi
+}
+
+run_step() {
+    local output=$1
+    shift
+    echo "step: $(print_command "$@")" >&2
+    "$@"
+    [[ -e $output ]] || die "the step ended without $output; see what it printed above"
+}
+
+# llava_7b, llava_13b or bunny_llama3_8b: the model of the following steps, and its settings for the launcher.
+use_model() {
+    model=$1
+    case $model in
+        llava_7b)
+            name=llava-v1.5-7b template=vicuna_v1
+            backbone=lmsys/vicuna-7b-v1.5 data=playground/data/llava_v1_5_mix665k.json
+            ;;
+        llava_13b)
+            name=llava-v1.5-13b template=vicuna_v1
+            backbone=lmsys/vicuna-13b-v1.5 data=playground/data/llava_v1_5_mix665k.json
+            ;;
+        bunny_llama3_8b)
+            name=bunny-llama3-8b template=llama
+            backbone=meta-llama/Meta-Llama-3-8B-Instruct data=data/finetune/bunny_695k.json
+            ;;
+        *) die "no driver knows '$model'; allowed: llava_7b, llava_13b, bunny_llama3_8b" ;;
+    esac
+    local own=${model^^}
+    local own_model=${own}_MODEL own_data=${own}_DATA setting
+    backbone=${!own_model:-${MODEL:-$backbone}}
+    data=${!own_data:-${DATA:-$data}}
+    settings=("MODEL=$backbone" "DATA=$data")
+    for setting in VISION_TOWER PROJECTOR IMAGES; do
+        own=${model^^}_$setting
+        [[ ! -v $own ]] || settings+=("$setting=${!own}")
+    done
+    base_flags=(--base "$backbone")
+    [[ $MODE != full ]] || base_flags=() # what full tuning leaves is whole
+}
+
+# SPEC [SUFFIX [SETTING=VALUE...]]: train that region; sets `run` to the run's folder.
+train() {
+    local spec=$1 suffix=${2:-}
+    run=$RESULTS/runs/$name-$MODE-$(region_name "$spec")$suffix
+    local launcher=(env "${settings[@]}" "${@:3}" "OUT=$run" "TUNE_LAYERS=$spec")
+    words_of "${TRAIN_FLAGS:-}"
+    if [[ $DRY_RUN == 1 ]]; then
+        "${launcher[@]}" "$SCRIPTS/train/$model.sh" "${words[@]}"
+        return
+    fi
+    local flags=("${words[@]}")
+    words_of "${TRAIN_WITH:-}"
+    # cost.json is the last file of a run; with less than that, the launcher goes on from the last checkpoint
+    once "$run/cost.json" "${launcher[@]}" "${words[@]}" "$SCRIPTS/train/$model.sh" "${flags[@]}"
+}
+
+# KIND [FLAG...]: score the layers of the current run; sets `scores` to the file.
+score() {
+    scores=$RESULTS/scores/$(basename "$run")-$1.json
+    words_of "${SCORE_FLAGS:-}"
+    once "$scores" "${REGION_ON_ALL_GPUS[@]}" score "$run" "${@:2}" --base "$backbone" --out "$scores" --resume "${words[@]}"
+}
+
+# KIND METRICS: on 1,000 images of Flickr30k, as the paper scores block influence.
+score_on_flickr() {
+    score "$1" --metrics "$2" --data "$FLICKR_LIST" --image-folder "$FLICKR_IMAGES" --limit 1000 \
+        --prompt "Please describe this image in detail."
+}
+
+score_attention() {
+    words_of "$ATTENTION_DATA"
+    local file files=()
+    for file in "${words[@]}"; do files+=(--data "$file"); done
+    score attention --metrics image_attention "${files[@]}" --image-folder "$ATTENTION_IMAGES" --limit 50
+}
+
+# K [FLAG...]: drop K layers by the angular distance in `scores`; sets `run` to the pruned model, which is whole.
+prune() {
+    local drop=$1 from=$run
+    run=$RESULTS/pruned/$(basename "$from")-minus-$drop
+    words_of "${PRUNE_FLAGS:-}"
+    once "$run/config.json" "${REGION[@]}" prune "$from" --drop "$drop" --scores "$scores" "${@:2}" "${base_flags[@]}" --out "$run" "${words[@]}"
+}
+
+# SPEC: train that region and put the driver's benchmarks to it.
+train_and_evaluate() {
+    train "$1"
+    evaluate "$TASKS" "$run" "${base_flags[@]}"
+}
+
+# TASKS FOLDER [FLAG...]: put benchmarks to a model; adds its folder under eval/ to `reported`.
+evaluate() {
+    local tasks=$1 folder=$2 out
+    out=$RESULTS/eval/$(basename "$folder")
+    reported+=("$out")
+    words_of "${EVAL_FLAGS:-}"
+    local command=("${REGION_ON_ALL_GPUS[@]}" eval "$folder" --task "$tasks" --data-root "$EVAL_DATA" --out "$out" "${@:3}" "${words[@]}")
+    if [[ $DRY_RUN == 1 ]]; then
+        print_command "${command[@]}"
+    elif has_tasks "$out/results.json" "$tasks"; then
+        echo "done before: $tasks in $out" >&2
+    else
+        run_step "$out/results.json" "${command[@]}"
+    fi
+}
+
+has_tasks() { # FILE TASKS
+    local task
+    [[ -f $1 ]] || return 1
+    for task in ${2//,/ }; do
+        grep -q "^ *\"$task\": {" "$1" || return 1
+    done
+}
+
+# NAME FLAG...: report on the folders in `reported` under RESULTS/NAME, anew where one of them is younger.
+report() {
+    local out=$RESULTS/$1 made folder
+    made=$out/$1.md
+    [[ $1 != figure* ]] || made=$out/$1.png
+    local command=("${REGION[@]}" report "${reported[@]}" "${@:2}" --out "$out")
+    for folder in "${reported[@]}"; do
+        if [[ $DRY_RUN != 1 && ($folder/results.json -nt $made || $folder/cost.json -nt $made) ]]; then
+            run_step "$made" "${command[@]}"
+            return
+        fi
+    done
+    once "$made" "${command[@]}"
+}
