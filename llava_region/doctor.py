@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from llava_region.progress import track
+
 UPSTREAMS = ("llava", "bunny")
 TITLES = {"llava": "LLaVA", "bunny": "Bunny"}
 TESTED = {
@@ -301,7 +303,7 @@ def collect() -> Facts:
         if _trainer_file(upstream):
             versions[upstream] = next(filter(None, map(_version, DISTRIBUTIONS[upstream])), "")
     probes = {component: _start(code) for component, code in PROBES.items() if component in versions}
-    ended = {component: _end(probe) for component, probe in probes.items()}
+    ended = {component: _end(probes[component]) for component in track(list(probes), "Importing what is installed")}
     torch_lines = [line for line in ended["torch"][1].splitlines() if line] if "torch" in ended else []
     return Facts(
         versions=versions,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llava_region import atomic
 from llava_region.errors import LlavaRegionError
+from llava_region.progress import progress_bar
 from llava_region.region import read_json
 
 
@@ -66,12 +67,16 @@ def write_subset(data: str | Path, output: str | Path, fraction: Fraction, seed:
     if output.is_dir():
         raise LlavaRegionError(f"the output {output} is a folder; give the name of a file")
     atomic.refuse_existing(output, force)
-    records = _read_records(data)
-    has_image = ["image" in record for record in records]  # upstream tells the two apart by this key alone
-    chosen = choose(has_image, fraction, seed)
-    if not chosen:
-        raise LlavaRegionError(f"{float(fraction):g} of the {len(records)} records of {data} is less than one; give a larger fraction")
-    atomic.write_text(output, "[\n" + ",\n".join(json.dumps(records[index]) for index in chosen) + "\n]\n")
+    with progress_bar("Reading, choosing, writing", 3) as advance:
+        records = _read_records(data)
+        advance()
+        has_image = ["image" in record for record in records]  # upstream tells the two apart by this key alone
+        chosen = choose(has_image, fraction, seed)
+        if not chosen:
+            raise LlavaRegionError(f"{float(fraction):g} of the {len(records)} records of {data} is less than one; give a larger fraction")
+        advance()
+        atomic.write_text(output, "[\n" + ",\n".join(json.dumps(records[index]) for index in chosen) + "\n]\n")
+        advance()
     images = sum(has_image[index] for index in chosen)
     return Subset(images, sum(has_image), len(chosen) - images, len(records) - sum(has_image))
 
