@@ -190,7 +190,7 @@ def _merged_config(config: dict, tensors: Mapping[str, Entry]) -> dict:
 
 
 def _remarks(config: dict, region: dict | None) -> list[str]:
-    quantised = "quantization_config" in config or (region or {}).get("mode") == "qlora"
+    quantised = config.get("quantization_config") or (region or {}).get("mode") == "qlora"
     return ["trained on a quantised base (QLoRA), merged onto the base in its own type: answers may differ slightly"] if quantised else []
 
 

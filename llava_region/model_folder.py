@@ -133,7 +133,7 @@ def write_model(model: ModelFolder, folder: Path, description: str) -> int:
         for name, file in model.side_files.items():
             shutil.copyfile(file, folder / name)
     except OSError as e:
-        raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror}") from e
+        raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror or e}") from e
     write_json(folder / "config.json", model.config)
     if model.generation_config is not None:
         write_json(folder / "generation_config.json", savable(model.generation_config))

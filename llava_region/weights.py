@@ -99,8 +99,6 @@ class Checkpoint(Mapping):
             entries = _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
             self.shards[file] = list(entries)
             self._entries.update(entries)
-        if not self._entries:
-            raise LlavaRegionError(f"{path} holds no tensor; give a whole checkpoint")
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -118,7 +116,7 @@ class Checkpoint(Mapping):
             LlavaRegionError: there is no tensor of that name.
         """
         if name not in self._entries:
-            raise LlavaRegionError(f"{self.path} holds no tensor '{name}'; it holds {len(self)} others, such as '{next(iter(self))}'")
+            raise LlavaRegionError(f"{self.path} holds no tensor '{name}'; give the checkpoint of another model")
         return self._entries[name].load()
 
 
@@ -263,7 +261,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Entry], *, shard_bytes:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     except OSError as e:
-        raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror}") from e
+        raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror or e}") from e
     return total
 
 

@@ -271,6 +271,14 @@ def test_a_run_that_starts_from_a_llava_checkpoint(lora_run, llava_checkpoint, t
     assert not torch.equal(got["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
 
 
+def test_a_projector_that_was_not_trained_comes_from_the_base(run, tiny, llava_checkpoint, tmp_path):
+    torch.save({}, run / "non_lora_trainables.bin")
+    merge(run, tmp_path / "out", llava_checkpoint)
+    name = "model.mm_projector.2.weight"
+    assert torch.equal(weights(tmp_path / "out")[name], weights(llava_checkpoint)[name])
+    refused("could not see", run, tmp_path / "other", tiny.backbone)
+
+
 def test_generation_config_can_be_saved():
     from transformers import GenerationConfig
 

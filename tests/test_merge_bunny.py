@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_region.decoder import is_vision, linear_modules
+from llava_region.decoder import is_vision, layer_index, linear_modules
 from llava_region.merge import merge
 from llava_region.prune import prune
 from llava_region.revert import revert
@@ -21,7 +21,7 @@ if bunny_shims.why_not():
 bunny_shims.apply()
 
 
-def bunny_run(files, folder: Path, layers=(1, 6), unfreeze: bool = False) -> Path:
+def bunny_run(files, folder: Path, layers=(1, 6), unfreeze: bool = False, bias: str = "none") -> Path:
     """A LoRA run in the layout Bunny's train() leaves, with random weights; with `unfreeze`, of the vision tower too."""
     import bunny.model
     from peft import LoraConfig, get_peft_model
@@ -35,10 +35,10 @@ def bunny_run(files, folder: Path, layers=(1, 6), unfreeze: bool = False) -> Pat
     for key, value in {**config, "tokenizer_padding_side": "right", "visual_region": region}.items():
         setattr(model.config, key, value)
     targets = linear_modules(model, layers)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, bias=bias, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or is_vision(name):
+            if "lora_" in name or is_vision(name) or (bias == "all" and "bias" in name):
                 parameter.add_(torch.randn_like(parameter).mul(0.1).half())
     folder.mkdir()
     trained = {
@@ -46,8 +46,9 @@ def bunny_run(files, folder: Path, layers=(1, 6), unfreeze: bool = False) -> Pat
         for k, v in model.named_parameters()
         if "lora_" not in k and ("mm_projector" in k or (unfreeze and is_vision(k)))
     }
+    adapter = {k: v.half().float() for k, v in model.named_parameters() if "lora_" in k or (bias == "all" and "bias" in k)}
     model.config.save_pretrained(folder)
-    model.save_pretrained(folder, state_dict={k: v.half().float() for k, v in model.named_parameters() if "lora_" in k})
+    model.save_pretrained(folder, state_dict=adapter)
     torch.save(trained, folder / "non_lora_trainables.bin")
     (folder / "region.json").write_text(json.dumps({**region, "base_model": str(files.backbone), "upstream": "bunny", "mode": "lora"}))
     return folder
@@ -68,18 +69,32 @@ def builder_loads(folder: Path, base, model_type: str):
 def test_merged_model_is_the_one_bunny_builds_from_the_run(tmp_path, model_type, unfreeze):
     files = write_bunny(tmp_path / "tiny", model_type)
     run = bunny_run(files, tmp_path / "bunny-lora", unfreeze=unfreeze)
-    merge(run, tmp_path / "merged")
+    same_as_bunnys(files, run, tmp_path / "merged")
+
+
+def test_biases_trained_with_the_adapter(tmp_path):
+    """bias="all" of upstream's --lora_bias: those of modules under LoRA have `base_layer` in their name. Qwen has three a layer."""
+    files = write_bunny(tmp_path / "tiny", "qwen1.5-1.8b")
+    changed = same_as_bunnys(files, bunny_run(files, tmp_path / "bunny-lora", bias="all"), tmp_path / "merged", layers=range(8))
+    assert {f"model.layers.{i}.self_attn.{m}_proj.bias" for i in range(8) for m in "qkv"} <= set(changed)
+
+
+def same_as_bunnys(files, run: Path, out: Path, layers=(1, 6)) -> list[str]:
+    """Merge; the model that Bunny loads is the one it builds from the run. Returns the backbone's tensors that changed."""
+    model_type = files.model_type
+    merge(run, out)
     theirs = builder_loads(run, files.backbone, model_type).state_dict()
-    model = builder_loads(tmp_path / "merged", None, model_type)
+    model = builder_loads(out, None, model_type)
     ours = model.state_dict()
     assert set(ours) == set(theirs) and model.config.architectures == [type(model).__name__]
     backbone = Checkpoint(files.backbone)
     changed = [name for name in backbone if not torch.equal(backbone.tensor(name).half(), ours[name])]
-    assert changed and all(name.startswith(("model.layers.1.", "model.layers.6.")) for name in changed)
+    assert {layer_index(name) for name in changed} == set(layers)
     for name, tensor in theirs.items():
         # upstream adds in fp16 what we add in fp32: a few fp16 steps of the larger summand apart at most
         assert torch.allclose(ours[name].float(), tensor.float(), rtol=2**-9, atol=2**-11), name
         assert name in changed or torch.equal(ours[name], tensor), name
+    return changed
 
 
 def test_unfrozen_vision_tower_is_in_the_merged_model(tmp_path):
