@@ -1,18 +1,17 @@
 """The flags that are added to the upstream TrainingArguments."""
 
-from __future__ import annotations
+# ruff: noqa: UP045 - HfArgumentParser of transformers 4.36 to 4.41 does not read `str | None`
 
 import dataclasses
 from dataclasses import dataclass, field
-
-from llava_region.errors import LlavaRegionError
+from typing import Optional
 
 
 @dataclass
 class RegionArguments:
     """Flags of `python -m llava_region.train`, beside the upstream's own."""
 
-    tune_layers: str | None = field(
+    tune_layers: Optional[str] = field(
         default=None,
         metadata={
             "help": "Decoder layers to tune: sparse:25%%, sparse:8, 0,4,8-11, lower:8, lower-middle:8, upper-middle:8, top:8, hybrid:8, "
@@ -23,7 +22,7 @@ class RegionArguments:
         default=False,
         metadata={"help": "Check everything, print the layer map, trainable parameters and memory, and exit without loading weights."},
     )
-    dry_run_gpus: int | None = field(
+    dry_run_gpus: Optional[int] = field(
         default=None, metadata={"help": "GPUs to assume in the dry run's memory estimate. Default: the ranks it was launched with."}
     )
     check_images: str = field(
@@ -44,7 +43,7 @@ class RegionArguments:
             "(as upstream), region, none, or auto: as few as the memory asks for. Gradients are the same.",
         },
     )
-    region_memory: str | None = field(
+    region_memory: Optional[str] = field(
         default=None,
         metadata={"help": "Most memory that activations may take under auto, such as 20GB. Default: what is free, less a margin."},
     )
@@ -54,19 +53,7 @@ class RegionArguments:
     )
 
 
-CHOICES = {"check_images": ("sample", "all", "none")}
 OWN_FLAGS = tuple(f"--{f.name}" for f in dataclasses.fields(RegionArguments))
-
-
-def check_choices(args) -> None:
-    """Refuse a flag value that is not among the allowed ones.
-
-    Raises:
-        LlavaRegionError: names the flag, the value and the choices.
-    """
-    for name, allowed in CHOICES.items():
-        if getattr(args, name) not in allowed:
-            raise LlavaRegionError(f"--{name} {getattr(args, name)!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def extend_arguments(upstream_class: type) -> type:
@@ -75,17 +62,8 @@ def extend_arguments(upstream_class: type) -> type:
     It bears the upstream class's name and module, and is bound there while the hooks are applied, so that
     `training_args.bin`, a pickle, can later be read where llava_region is not installed.
     """
-    fields = [(f.name, f.type, f) for f in dataclasses.fields(RegionArguments)]
-    fields = [(name, _resolve(kind), dataclasses.field(default=f.default, metadata=f.metadata)) for name, kind, f in fields]
+    fields = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(RegionArguments)]
     extended = dataclasses.make_dataclass(upstream_class.__name__, fields, bases=(upstream_class,))
     extended.__module__ = upstream_class.__module__
     extended.__qualname__ = upstream_class.__qualname__
     return extended
-
-
-def _resolve(annotation: str) -> object:
-    from typing import Optional
-
-    # HfArgumentParser of transformers 4.36 to 4.41 reads typing.Optional, not `str | None`, on every Python version
-    kinds = {"str | None": Optional[str], "int | None": Optional[int], "bool": bool, "str": str, "float | None": Optional[float]}
-    return kinds[annotation]

@@ -9,7 +9,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_region.arguments import check_choices
 from llava_region.checkpointing import check_flags
 from llava_region.checkpoints import check_resumable
 from llava_region.data_check import check_data
@@ -38,7 +37,6 @@ def check(upstream, module, flags: list[str]) -> Preflight:
         LlavaRegionError: the first thing that is wrong.
     """
     args = parse(upstream.argument_classes(module), flags)
-    check_choices(args)
     check_flags(args.region_checkpointing, args.region_memory, args.gradient_checkpointing)
     check_combination(args)
     config_file = model_file(args, "config.json")
@@ -162,12 +160,15 @@ def check_deepspeed(args, config: dict) -> None:
         return
     if args.bits != 16:
         raise LlavaRegionError(f"--bits {args.bits} does not work with ZeRO-3; use a ZeRO-2 config such as scripts/deepspeed/zero2.json")
+    if not (args.bf16 or args.fp16):
+        raise LlavaRegionError("ZeRO-3 needs --bf16 True or --fp16 True: upstream casts the vision tower to half precision in any case")
     if not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise LlavaRegionError(f'{path} would save checkpoints without weights; set "stage3_gather_16bit_weights_on_model_save": true')
     hidden = config.get("hidden_size") or config.get("d_model") or 0
     if zero.get("stage3_prefetch_bucket_size") == "auto" and (9 * hidden * hidden) % 10:
         raise LlavaRegionError(
-            f'"stage3_prefetch_bucket_size": "auto" in {path} becomes a fraction for hidden size {hidden}, which DeepSpeed refuses; give an integer'
+            f'"stage3_prefetch_bucket_size": "auto" in {path} becomes a fraction for hidden size {hidden}, which DeepSpeed '
+            "refuses; give an integer"
         )
 
 
@@ -193,7 +194,8 @@ def check_generation_config(args) -> None:
             problem = str(e)
     if problem:
         raise LlavaRegionError(
-            f'{path} cannot be saved after training ({problem.split(". ")[0]}); set "do_sample": true in it, or add --fix_generation_config True'
+            f'{path} cannot be saved after training ({problem.split(". ")[0]}); set "do_sample": true in it, '
+            "or add --fix_generation_config True"
         )
 
 

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests: tiny models on disk, made once a session."""
 
 import os
+import sys
 
+# DeepSpeed compiles an extension at its first run: one for each environment, as two versions would undo each other's
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,115 @@
+"""Layer specs: every set printed in the paper, the grammar's edges, and regions taken from scores."""
+
+import json
+
+import pytest
+
+from llava_region import LlavaRegionError, Region
+from llava_region.region import num_layers_of
+
+PAPER = [  # section 4.1 and footnote 2 of section 4.2
+    ("sparse:8", 32, [0, 4, 8, 12, 18, 22, 26, 30]),
+    ("sparse:25%", 32, [0, 4, 8, 12, 18, 22, 26, 30]),
+    ("sparse:16", 32, list(range(0, 32, 2))),
+    ("sparse:6", 32, [0, 6, 12, 18, 24, 30]),
+    ("sparse:4", 32, [0, 10, 20, 30]),
+    ("sparse:2", 32, [0, 31]),
+    ("sparse:1", 32, [31]),
+    ("sparse:32", 32, list(range(32))),
+    ("sparse:10", 40, [0, 4, 8, 12, 16, 22, 26, 30, 34, 38]),
+    ("sparse:25%", 40, [0, 4, 8, 12, 16, 22, 26, 30, 34, 38]),
+    ("lower:8", 32, list(range(8))),
+    ("lower-middle:8", 32, list(range(8, 16))),
+    ("upper-middle:8", 32, list(range(16, 24))),
+    ("top:8", 32, list(range(24, 32))),
+    ("hybrid:8", 32, [0, 1, 2, 3, 28, 29, 30, 31]),
+]
+OTHERS = [
+    ("all", 4, [0, 1, 2, 3]),
+    ("0,4,8-11", 32, [0, 4, 8, 9, 10, 11]),
+    ("7,1", 8, [1, 7]),
+    (" 1 , 6 ", 8, [1, 6]),
+    ("sparse:12.5%", 32, [0, 10, 20, 30]),
+    ("sparse:12.5%", 12, [0, 11]),  # 1.5 rounds to 2
+    ("sparse:100%", 3, [0, 1, 2]),
+    ("sparse:6", 8, [0, 1, 3, 4, 6, 7]),  # more than half: evenly rounded over all
+    ("hybrid:3", 8, [0, 1, 7]),
+]
+BAD = [
+    "8", "sparse:0", "sparse:120%", "3-1", "a", "", " ", "sparse:", "1,,2", "missing.json:bi:4", "1,1", "0-2,2", "-1", "1-", "sparse:9",
+    "sparse:8.5", "sparse:5%", "sparse:%", "sparse", "dense:4", "all:2", "sparse:4:spread", "upper-middle:5",
+    "lower-middle:7", "1;2", "٣", "1.0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "num_layers", "layers"), PAPER + OTHERS)
+def test_spec(spec, num_layers, layers):
+    region = Region.parse(spec, num_layers)
+    assert list(region.layers) == layers
+    assert Region.from_dict(region.to_dict()) == region
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_bad_spec_is_one_line_that_says_what_is_allowed(spec):
+    with pytest.raises(LlavaRegionError) as error:
+        Region.parse(spec, 8)
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20
+
+
+@pytest.mark.parametrize("num_layers", range(1, 61))
+def test_sparse_always_gives_as_many_layers_as_asked(num_layers):
+    for count in range(1, num_layers + 1):
+        assert len(Region.parse(f"sparse:{count}", num_layers)) == count
+
+
+def scores(path, values, **extra):
+    path.write_text(json.dumps({"num_layers": len(values), "metrics": {"bi": {"scores": values}}, **extra}))
+    return path
+
+
+def test_scores_take_the_highest_and_ties_go_to_the_lower_layer(tmp_path):
+    path = scores(tmp_path / "s.json", [0.1, 0.5, 0.5, 0.9, 0.5, 0.0, 0.2, 0.3])
+    region = Region.parse(f"{path}:bi:3", 8)
+    assert region.layers == (1, 2, 3)
+    assert region.scores["metric"] == "bi" and len(region.scores["sha256"]) == 64
+    assert Region.parse(f"{path}:bi:25%", 8).layers == (1, 3)
+
+
+def test_scores_spread_takes_the_best_of_each_block(tmp_path):
+    path = scores(tmp_path / "s.json", [0.9, 0.8, 0.1, 0.1, 0.3, 0.2, 0.0, 0.0])
+    assert Region.parse(f"{path}:bi:4:spread", 8).layers == (0, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "message"),
+    [
+        ("nope:2", [1.0] * 8, "no metric 'nope'; allowed: bi"),
+        ("bi:2", [1.0] * 4, "scores 4 layers, the model has 8"),
+        ("bi:2", [1.0] * 7 + [float("nan")], "finite"),
+        ("bi:9", [1.0] * 8, "allowed: 1 to 8"),
+        ("bi", [1.0] * 8, "incomplete"),
+    ],
+)
+def test_bad_scores(tmp_path, spec, values, message):
+    path = scores(tmp_path / "s.json", values)
+    with pytest.raises(LlavaRegionError, match=message):
+        Region.parse(f"{path}:{spec}", 8)
+
+
+def test_layer_counts_of_configs(tmp_path):
+    for config, count in (({"num_hidden_layers": 5}, 5), ({"n_layers": 7}, 7), ({"text_config": {"num_hidden_layers": 9}}, 9)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert num_layers_of(tmp_path) == count
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(LlavaRegionError, match="not valid JSON"):
+        num_layers_of(tmp_path)
+
+
+def test_region_of_a_folder(tmp_path):
+    region = {"layers": [1, 6], "num_layers": 8, "spec": "1,6"}
+    with pytest.raises(LlavaRegionError, match=r"no region\.json"):
+        Region.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"visual_region": region}))
+    assert Region.load(tmp_path).layers == (1, 6)
+    (tmp_path / "region.json").write_text(json.dumps({**region, "layers": [2]}))
+    assert Region.load(tmp_path).layers == (2,), "region.json comes first"
