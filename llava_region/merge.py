@@ -98,8 +98,8 @@ def merged_model(run: str | Path, base: str | Path | None = None) -> tuple[Model
         raise LlavaRegionError(f"{run} names no base model; give the one it was trained on with --base")
     model = read_model(base)
     check_same_shape(config, model.config, (f"the run {run}", f"the base {base}"))
-    tensors = _with_updates(model.tensors, adapter, base)
-    tensors = _with_trained(tensors, {**_trained_beside(run), **adapter.tensors}, run, base)
+    tensors = _with_trained(model.tensors, {**_trained_beside(run), **adapter.tensors}, run, base)
+    tensors = _with_updates(tensors, adapter, base)
     _check_vocabulary(tensors, config, run, base)
     if not any(map(is_projector, tensors)):
         raise LlavaRegionError(
@@ -152,7 +152,7 @@ def _with_updates(tensors: Mapping[str, Entry], adapter: Adapter, base) -> dict[
     return merged
 
 
-def _with_trained(tensors: dict[str, Entry], trained: Mapping[str, Entry], run, base) -> dict[str, Entry]:
+def _with_trained(tensors: Mapping[str, Entry], trained: Mapping[str, Entry], run, base) -> dict[str, Entry]:
     """Put tensors that were trained whole in their place; the projector and the vision tower may be new."""
     merged = dict(tensors)
     dtype = main_dtype(tensors)

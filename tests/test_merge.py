@@ -212,6 +212,15 @@ def test_biases_trained_with_the_adapter(tiny, tmp_path):
     assert torch.equal(weights(tmp_path / "out")["model.mm_projector.0.bias"], bias)
 
 
+def test_a_weight_trained_whole_gets_its_update_too(tiny, run, merged, tmp_path):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    whole = torch.randn(64, 64)
+    _add_beside(run, {f"base_model.model.{name}": whole})
+    merge(run, tmp_path / "out", tiny.backbone)
+    update = weights(merged)[name] - weights(tiny.backbone)[name]
+    assert torch.allclose(weights(tmp_path / "out")[name] - whole, update, atol=1e-6)
+
+
 def test_tied_embeddings(tiny, run, tmp_path):
     from transformers import LlamaForCausalLM
 
