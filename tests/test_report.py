@@ -522,8 +522,8 @@ def test_command_prints_markdown_and_json(table_2, capsys):
     data = json.loads(text)
     assert set(data["tables"]) == {"1", "2"} and data["files"] == []
     assert data["tables"]["2"]["lines"][1]["relative"] == pytest.approx(100 * 62.8575 / 63.51125)
-    code, text, _ = run(capsys, *table_2)
-    assert code == 0 and "bunny-32" in text  # all tasks, run by run
+    code, text, error = run(capsys, *table_2, "--paper")
+    assert code == 0 and "bunny-32" in text and "go with --table" in error  # all tasks, run by run
 
 
 def test_command_writes_every_form(scaled, tmp_path, capsys):

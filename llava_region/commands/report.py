@@ -48,6 +48,8 @@ def command(
     baselines = report.find_baselines(found, baseline)
     numbers = table or ([] if figure else [0])
     tables = {number: report.build_table(number, found, baselines, paper) for number in dict.fromkeys(numbers)}
+    if paper and 0 in tables:
+        print("the paper's numbers go with --table 1 to 4 and --figure 2", file=sys.stderr)
     figures, files = {}, []
     for number in dict.fromkeys(figure):
         figures[number], remarks = plots.figure_data(number, found, paper)
