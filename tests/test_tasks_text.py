@@ -125,7 +125,9 @@ OPTIONS = "Which?\nOptions:\n(A) one\n(B) the blue jay\n(C) twenty one"
         ("It is The Blue Jay!", "(B)", True),
         ("Twenty one", "(C)", True),
         ("one", "(A)", True),
-        ("twenty one or the blue jay", "(C)", False),  # two options named
+        ("twenty one or the blue jay", "(C)", False),  # several options named
+        ("twenty one or the blue jay", "(A)", False),
+        (f"{OPTIONS}\n(B)", "(B)", True),  # the question said again
         ("A bird", "(A)", False),
         ("Birds", "(B)", False),
         ("", "(A)", False),
@@ -143,6 +145,8 @@ def test_short_answer_option(prediction, target, right):
         ("yes", "Yes", True),
         ("Yes, since he did not say no", "yes", True),
         ("He turned around, so no.", "No", True),
+        ("One might say yes, but no", "No", True),
+        ("One might say yes, but no", "Yes", False),
         ("No", "Yes", False),
         ("Nobody knows", "No", False),  # inside a word
         ("invalid", "valid", False),
@@ -205,6 +209,13 @@ def test_short_answer_brackets_and_words(prediction, target, right):
     assert matches(prediction, target, "Input") is right
 
 
+def test_short_answer_nothing_is_no_option_without_words():
+    question = "Which face?\nOptions:\n(A) :-)\n(B) :-("
+    assert not matches("", "(A)", question)
+    assert not matches("", "(A)", "Which face?\nOptions:\n(A) :-)")
+    assert matches("(A)", "(A)", question)
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -218,6 +229,9 @@ def test_short_answer_brackets_and_words(prediction, target, right):
         ("dr. who", "dr who"),
         ("red/blue", "red blue"),
         ("red / blue", "red blue"),
+        ("red/blue /green", "redblue green"),  # next to a space once: deleted everywhere
+        ("red/ blue/green", "red bluegreen"),
+        ("x-/b-c", "x b c"),  # the space that another mark leaves does not count
         ("t-shirt", "t shirt"),
         ("dont", "don't"),
         ("couldn'tve", "couldn't've"),
