@@ -71,8 +71,8 @@ LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "mm_projector_lr": 2
 
 def environment(**extra) -> dict:
     """Environment for a training process: CPU, offline, one thread a rank, this checkout importable."""
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(root), str(root / "tests" / "startup"), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 

@@ -1,6 +1,6 @@
 """What the real Bunny needs to be imported and to train without CUDA. For the tests only.
 
-Child processes (torchrun, deepspeed) get the same through `bunny_startup/sitecustomize.py` on PYTHONPATH.
+Child processes (torchrun, deepspeed) get the same through `tests/startup/sitecustomize.py` on PYTHONPATH.
 """
 
 import importlib.util
@@ -10,7 +10,6 @@ import types
 from importlib.metadata import version
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 NO_BUNNY = "BUNNY_ROOT does not name a checkout of BAAI-DCAI/Bunny at 08273ac"
 
 
@@ -27,23 +26,10 @@ def why_not() -> str | None:
     missing = [name for name in ("timm", "torchvision", "easy_vqa", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
         return f"BUNNY_ROOT is set, but Bunny needs {', '.join(missing)}"
-    import transformers
-
-    if not (4, 39) <= tuple(int(n) for n in transformers.__version__.split(".")[:2]) <= (4, 41):
-        return f"BUNNY_ROOT is set, but Bunny needs transformers 4.39 to 4.41, not {transformers.__version__}"
+    transformers = version("transformers")
+    if not (4, 39) <= tuple(int(n) for n in transformers.split(".")[:2]) <= (4, 41):
+        return f"BUNNY_ROOT is set, but Bunny needs transformers 4.39 to 4.41, not {transformers}"
     return None
-
-
-def child_environment() -> dict:
-    """Environment of a child process that trains the real Bunny on CPU."""
-    # DeepSpeed builds a CPU extension at its first run; one folder for two DeepSpeed versions would be rebuilt at every change
-    extensions = Path.home() / ".cache" / f"torch_extensions_deepspeed_{version('deepspeed')}"
-    path = [str(HERE.parents[1]), str(HERE / "bunny_startup"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true",
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
-    }  # fmt: skip
 
 
 def apply() -> None:
