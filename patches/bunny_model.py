@@ -69,9 +69,10 @@ def build(weights, settings, *, dtype, device_map, attn_implementation):
     model_class = CLASSES[raw["model_type"]][0]
     config = model_class.config_class.from_pretrained(settings)
     config.continuous_training = False  # else the tower is loaded while the model is built
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if attn_implementation:  # as an argument beside a config, transformers 4.37 to 4.40 passes over "eager"
+        config._attn_implementation = attn_implementation
     model, info = model_class.from_pretrained(
-        weights, config=config, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True, **options
+        weights, config=config, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True
     )
     return model, load_tokenizer(weights, raw), info
 
