@@ -60,11 +60,12 @@ def build(weights, settings, *, dtype, device_map, attn_implementation):
     """
     config = LlavaConfig.get_config_dict(settings)[0]
     config_class, model_class, _ = CLASSES[config["model_type"]]
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    settings = config_class.from_pretrained(settings)
+    if attn_implementation:  # as an argument beside a config, transformers 4.37 to 4.40 passes over "eager"
+        settings._attn_implementation = attn_implementation
     model, info = model_class.from_pretrained(
-        weights, config=config_class.from_pretrained(settings), torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True,
-        output_loading_info=True, **options,
-    )  # fmt: skip
+        weights, config=settings, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True
+    )
     _drop_cache_position(model)
     return model, load_tokenizer(weights, config), info
 
