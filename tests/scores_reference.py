@@ -54,7 +54,8 @@ def reference_scores(loaded, samples) -> dict[str, list[float]]:
 
 
 def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    """0 where one of the two is zero, as the embedding of a padding token that is also EOS can be."""
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-30)
 
 
 def mixed_records(names: list[str]) -> list[dict]:

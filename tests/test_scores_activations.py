@@ -26,7 +26,9 @@ def data(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def eager(llava_checkpoint):
     """The checkpoint with eager attention, its decoder layers made to attend and to turn their tokens more."""
-    return sharpen(load(llava_checkpoint, device="cpu", attn_implementation="eager"))
+    loaded = sharpen(load(llava_checkpoint, device="cpu", attn_implementation="eager"))
+    assert type(loaded.model.get_model().layers[0].self_attn).__name__ == "LlamaAttention"
+    return loaded
 
 
 def sharpen(loaded):

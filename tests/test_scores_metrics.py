@@ -61,6 +61,12 @@ def test_angular_distance_of_known_angles_and_tiny_ones():
         assert angular_distance(x, y, mask).item() == pytest.approx(degrees / 180, rel=1e-9, abs=1e-15)
 
 
+def test_a_zero_vector_is_at_a_right_angle_to_any_other():
+    x, y = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
+    assert angular_distance(x, y, bools([1])).item() == 0.5
+    assert block_influence(token_cosines(x, y), bools([1])).item() == 1
+
+
 def test_the_last_token_is_the_last_that_is_not_padding():
     hidden = torch.arange(12.0).view(2, 6, 1)
     assert last_token(hidden, bools([1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1])).flatten().tolist() == [2, 11]

@@ -30,4 +30,5 @@ def angular_distance(inputs: Tensor, outputs: Tensor, attention_mask: Tensor) ->
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    """A zero vector (the embedding of an EOS that also pads) stays zero, which puts it at a right angle to every other."""
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
