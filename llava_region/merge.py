@@ -32,7 +32,7 @@ from llava_region.models import settings_folder
 from llava_region.region import read_json
 from llava_region.weights import WEIGHT_FILES, Checkpoint, Computed, Entry, bare_name
 
-NON_LORA = "non_lora_trainables.bin"
+NON_LORA, COST = "non_lora_trainables.bin", "cost.json"
 # The class that upstream's save_pretrained would name for each model_type.
 ARCHITECTURES = {
     "llava": "LlavaLlamaForCausalLM", "llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM",
@@ -195,7 +195,7 @@ def _remarks(config: dict, region: dict | None) -> list[str]:
 
 
 def _side_files(run: Path, base: ModelFolder, config: dict) -> dict[str, Path]:
-    """The base's tokenizer and code, as upstream takes them; the run's tokenizer where training resized the vocabulary."""
+    """The base's tokenizer and code, as upstream takes them; the run's tokenizer where training resized the vocabulary; its cost."""
 
     def has_tokenizer(files) -> bool:
         return any(name in files for name in TOKENIZER_FILES)
@@ -206,5 +206,5 @@ def _side_files(run: Path, base: ModelFolder, config: dict) -> dict[str, Path]:
         files = {**{name: file for name, file in base.side_files.items() if file.suffix == ".py"}, **own}
     else:
         files = base.side_files
-    cost = settings_folder(run) / "cost.json"
-    return {**files, "cost.json": cost} if cost.is_file() else files
+    cost = settings_folder(run) / COST  # of this training, not of the base's
+    return {**{name: file for name, file in files.items() if name != COST}, **({COST: cost} if cost.is_file() else {})}

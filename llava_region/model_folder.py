@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 _SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".tiktoken", ".jinja")
 _WRITTEN_HERE = ("config.json", "generation_config.json", REGION_FILE)
 _OF_TRAINING = (
-    "adapter_config.json", "trainer_state.json", "cost.json", "all_results.json", "train_results.json", "zero_to_fp32.py"
+    "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py"
 )  # fmt: skip
 _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p")
 
@@ -112,7 +112,7 @@ def read_region(path: Path) -> dict | None:
 
 
 def side_files(path: Path) -> dict[str, Path]:
-    """Files that a model needs beside config and weights: tokenizer, image processor, its own code, licences."""
+    """Files that a model needs beside config and weights: tokenizer, image processor, its own code, licences; and its `cost.json`."""
     skip = (*_WRITTEN_HERE, *_OF_TRAINING)
     return {
         file.name: file

@@ -15,6 +15,7 @@ from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.merge import merge
 from llava_region.model_folder import locate, savable
+from llava_region.revert import revert
 from llava_region.weights import Checkpoint
 from tests.checkpoints import llava_model, write_lora_run
 
@@ -286,6 +287,17 @@ def test_a_projector_that_was_not_trained_comes_from_the_base(run, tiny, llava_c
     name = "model.mm_projector.2.weight"
     assert torch.equal(weights(tmp_path / "out")[name], weights(llava_checkpoint)[name])
     refused("could not see", run, tmp_path / "other", tiny.backbone)
+
+
+def test_the_cost_is_that_of_the_run(run, tiny, tmp_path):
+    base = Path(shutil.copytree(tiny.backbone, tmp_path / "base"))
+    (base / "cost.json").write_text('{"gpu_hours": 9}')
+    merge(run, tmp_path / "without", base)
+    assert not (tmp_path / "without/cost.json").exists()
+    (run / "cost.json").write_text('{"gpu_hours": 1}')
+    merge(run, tmp_path / "out", base)
+    revert(tmp_path / "out", tiny.backbone, "1", tmp_path / "reverted")
+    assert "1" in (tmp_path / "out/cost.json").read_text() and "1" in (tmp_path / "reverted/cost.json").read_text()
 
 
 def test_generation_config_can_be_saved():
