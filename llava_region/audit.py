@@ -10,10 +10,11 @@ from llava_region.region import Region
 
 PART = "region_part"  # key of an optimizer group that says what it trains: llm, projector, or both
 MAX_UNSUPERVISED_STEPS = 100
+MAX_BLIND_STEPS = 8  # micro steps with a supervised image sample: one may be cut before its answer, not all
 
 
 class GradientAudit:
-    """Watches gradients of all trainable parameters until every region layer was judged.
+    """Watches gradients of all trainable parameters until every region layer was judged, and the vision tower if it trains.
 
     A layer is judged as a whole: LoRA's A has a zero gradient at the first step, as B starts at zero. Hooks on the
     parameters see the gradients under ZeRO-3 too, where `parameter.grad` is gone after the backward pass.
@@ -23,23 +24,39 @@ class GradientAudit:
         self.region = region
         self.flags: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(region.num_layers)}
         self.supervised: list[torch.Tensor] = []
-        self.steps = 0
+        self.steps = self.blind_steps = 0
         self.handles = []
+        self.tower: list[torch.Tensor] | None = None  # of an unfrozen vision tower
+        self.images: list[torch.Tensor] = []
         for name, parameter in model.named_parameters():
             layer = layer_index(name)
-            if parameter.requires_grad and layer is not None:
-                self.handles.append(parameter.register_hook(self._hook(layer)))
+            if not parameter.requires_grad:
+                continue
+            if layer is not None:
+                self.handles.append(parameter.register_hook(self._hook(self.flags[layer])))
+            elif is_vision(name):
+                self.tower = [] if self.tower is None else self.tower
+                self.handles.append(parameter.register_hook(self._hook(self.tower)))
 
-    def _hook(self, layer: int):
+    @staticmethod
+    def _hook(flags: list[torch.Tensor]):
         def see(gradient):
-            self.flags[layer].append((gradient != 0).any())
+            flags.append((gradient != 0).any())
 
         return see
 
-    def see_labels(self, labels: torch.Tensor | None) -> None:
-        """Note whether a batch has any token to learn from: without one, gradients are rightly zero."""
+    def see_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None = None) -> None:
+        """Note whether a batch has any token to learn from: without one, gradients are rightly zero.
+
+        Args:
+            labels: (B, T), -100 where there is nothing to learn.
+            input_ids: (B, T), negative for an image; a tower learns from samples that have an image and a label.
+        """
+        self.images = []
         if labels is not None:
             self.supervised.append((labels != -100).any())
+            if input_ids is not None:
+                self.images.append(((labels != -100).any(1) & (input_ids < 0).any(1)).any())
 
     def conclude(self, device, reduce_max) -> bool:
         """After a micro step: True once all is well, False where no rank had a token to learn from yet.
@@ -49,22 +66,30 @@ class GradientAudit:
             reduce_max: element-wise maximum of a tensor over all ranks.
 
         Raises:
-            LlavaRegionError: a region layer got no gradient, or another layer did; lists the layers.
+            LlavaRegionError: a region layer or an unfrozen vision tower got no gradient, or another layer did; lists the layers.
         """
         self.steps += 1
         seen = [self._any(self.flags[layer], device) for layer in range(self.region.num_layers)]
-        seen.append(self._any(self.supervised, device))
-        *layers, supervised = reduce_max(torch.stack(seen).float()).tolist()
+        seen += [self._any(flags, device) for flags in (self.supervised, self.images, self.tower or [])]
+        *layers, supervised, images, tower = reduce_max(torch.stack(seen).float()).tolist()
         with_gradient = {layer for layer, flag in enumerate(layers) if flag}
         missing = sorted(set(self.region.layers) - with_gradient)
         if missing and not supervised and self.steps < MAX_UNSUPERVISED_STEPS:
+            return False
+        self.blind_steps += bool(images)
+        blind = self.tower is not None and not tower
+        if not missing and blind and self.blind_steps < MAX_BLIND_STEPS:
             return False
         self.remove()
         extra = sorted(with_gradient - set(self.region.layers))
         if missing or extra:
             raise LlavaRegionError(
                 f"the first step's gradients are wrong: region layers without a gradient: {missing or 'none'}; "
-                f"other layers with one: {extra or 'none'}; region: {list(self.region.layers)}. Training was stopped before it saved anything"
+                f"other layers with one: {extra or 'none'}; region: {list(self.region.layers)}. Training was stopped, nothing was saved"
+            )
+        if blind:
+            raise LlavaRegionError(
+                f"the vision tower was to be trained, but got no gradient from {self.blind_steps} batches with images; training was stopped"
             )
         return True
 

@@ -64,7 +64,7 @@ class RegionTrainerMixin:
         if not self.first_step_done and self.audit is None:
             self.audit = GradientAudit(self.model, self.run.region)
         if self.audit:
-            self.audit.see_labels(inputs.get("labels"))
+            self.audit.see_labels(inputs.get("labels"), inputs.get("input_ids"))
         tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
         self.meter.count(inputs, getattr(tower, "num_patches", 1))
         with checkpointing.out_of_memory_hint(self.args):

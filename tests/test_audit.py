@@ -73,8 +73,40 @@ def test_a_batch_without_labels_is_not_judged():
 
 def test_one_rank_with_gradients_is_enough():
     """Layer 2 got its gradient on another rank."""
-    _, done = audited(frozen(Model(used=(0, 1)), 1), [0, 2], reduce_max=lambda t: torch.maximum(t, torch.tensor([0, 0, 1.0, 0])))
+    _, done = audited(frozen(Model(used=(0, 1)), 1), [0, 2], reduce_max=lambda t: torch.maximum(t, torch.tensor([0, 0, 1.0, 0, 0, 0])))
     assert done
+
+
+class Seeing(Model):
+    """With a vision tower that is to be trained, and takes part in the loss or not."""
+
+    def __init__(self, tower_used):
+        super().__init__()
+        self.model.vision_tower = nn.Linear(2, 2)
+        self.tower_used = tower_used
+
+    def loss(self):
+        return super().loss() + (self.model.vision_tower(torch.ones(1, 2)).sum() if self.tower_used else 0)
+
+
+@pytest.mark.parametrize("ids", [[5, -200], [5, 5]])
+def test_an_unfrozen_tower_has_to_learn_from_images(ids):
+    """Without a gradient for the tower: stopped after some batches with images, never by batches of text."""
+    model = Seeing(tower_used=False)
+    audit = GradientAudit(model, Region((0, 1, 2), 3, "test"))
+
+    def step():
+        audit.see_labels(torch.tensor([[-100, 7]]), torch.tensor([ids]))
+        model.loss().backward()
+        return audit.conclude(CPU, lambda t: t)
+
+    assert [step() for _ in range(7)] == [False] * 7
+    if -200 in ids:
+        with pytest.raises(LlavaRegionError, match="the vision tower was to be trained, but got no gradient from 8 batches"):
+            step()
+    else:
+        assert step() is False
+    assert audited(Seeing(tower_used=True), [0, 1, 2])[1]
 
 
 def test_empty_groups_are_dropped_before_a_scheduler_is_built():
