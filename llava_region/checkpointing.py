@@ -22,8 +22,8 @@ from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 POLICIES = ("auto", "all", "region", "none")
 # Of the free memory, what is left alone: allocator fragmentation, and what other libraries take later.
 MARGIN = 0.1
-# Bytes a logit of the loss takes at its worst: the head's output and its gradient (2 + 2), the fp32 copy, its log-softmax
-# and the gradient of that (3 x 4).
+# Bytes a logit of the loss takes at its worst, under upstream's loss: the head's output, its copy in fp32, the copy that is
+# shifted by one position, and the log-softmax. Positions without a label count too: a batch may have a label everywhere.
 LOGIT_BYTES = 16
 # Bytes a trainable parameter still takes after the first step began, without DeepSpeed: gradient and AdamW's two moments.
 TRAINABLE_BYTES = 12
@@ -38,22 +38,25 @@ class Activations:
         costs: relative time of each layer's forward pass, which recomputing it adds.
         layer_input: bytes of one layer's input, kept in any case.
         first: lowest layer that is differentiated; below it nothing is kept.
+        mask: bytes of the attention mask that all layers share.
+        head: bytes that the final norm, the logits and the loss take at the end of the forward pass.
     """
 
     kept: tuple[int, ...]
     costs: tuple[float, ...]
     layer_input: int
     first: int = 0
+    mask: int = 0
+    head: int = 0
 
     def peak(self, recompute) -> int:
-        """Most bytes alive at once for the backward pass: after the forward pass, or while a layer is run again."""
-        recompute, alive, peak = set(recompute), 0, 0
+        """Most bytes alive at once for the backward pass: at the end of the forward pass, or while a layer is run again."""
+        recompute, alive, peak = set(recompute), self.mask, 0
         for layer in range(self.first, len(self.kept)):
             alive += self.layer_input
-            again = layer in recompute
             peak = max(peak, alive + self.kept[layer])
-            alive += 0 if again else self.kept[layer]
-        return max(peak, alive)
+            alive += 0 if layer in recompute else self.kept[layer]
+        return max(peak, alive + self.head)
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,11 @@ def make_plan(policy: str, region, activations: Activations, budget: int | None 
     peak = activations.peak(recompute)
     if policy == "auto" and peak > budget and limit == "--region_memory":
         raise LlavaRegionError(
-            f"--region_memory {format_size(budget)} is too little: with every layer recomputed the activations of the largest batch "
-            f"take {format_size(peak)}; raise it, or lower --per_device_train_batch_size or --model_max_length"
+            f"--region_memory {format_size(budget)} is too little: with every layer recomputed, activations and logits "
+            f"of the largest batch take {format_size(peak)}; raise it, or lower --per_device_train_batch_size or --model_max_length"
         )
     again = "no layer is recomputed" if not recompute else f"{len(recompute)} of {count} layers are recomputed ({_ranges(recompute)})"
-    reason = f"--region_checkpointing {policy}: {again}; activations take up to {format_size(peak)}"
+    reason = f"--region_checkpointing {policy}: {again}; activations and logits take up to {format_size(peak)}"
     if policy == "auto":
         reason += f" of {format_size(max(budget, 0))} ({limit})" + (", which may not be enough" if peak > budget else "")
     if first:
@@ -185,11 +188,14 @@ def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
     sizes = {kind: found.at(samples, length) for kind, found in kept.items()}
     costs = {kind: _cost(modules[layer]) for kind, layer in examples.items()}
     width = getattr(parent.config, "hidden_size", None) or parent.config.d_model
+    tokens, itemsize = samples * length, dtype.itemsize
     return Activations(
         kept=tuple(sizes[kind] for kind in tuned),
         costs=tuple(costs[kind] for kind in tuned),
-        layer_input=samples * length * width * dtype.itemsize,
+        layer_input=tokens * width * itemsize,
         first=lowest_differentiated(model),
+        mask=tokens * length * itemsize,
+        head=tokens * (width * (8 + itemsize) + parent.config.vocab_size * LOGIT_BYTES),  # the norm works in fp32
     )
 
 
@@ -221,15 +227,13 @@ def lowest_differentiated(model: nn.Module) -> int:
     return min((layer for layer in layers if layer is not None), default=0)
 
 
-def automatic_budget(model: nn.Module, activations: Activations, args, device: torch.device) -> int:
-    """Bytes of activations that fit on the device, the least over all ranks: what is free, less a margin, the logits of the
-    largest batch, what backward needs beside them, and gradients and optimizer states that are not yet there."""
-    samples, length = largest_batch(args)
-    logits = samples * length * parent_of(model).config.vocab_size * LOGIT_BYTES
+def automatic_budget(model: nn.Module, activations: Activations, device: torch.device) -> int:
+    """Bytes of activations that fit on the device, the least over all ranks: what is free, less a margin, what the backward
+    pass of a layer needs beside them, and gradients and optimizer states that are not yet there."""
     optimizer = 0
     if not any(hasattr(p, "ds_id") or hasattr(p, "_hp_param") for p in model.parameters()):  # DeepSpeed has made its own by now
         optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * TRAINABLE_BYTES
-    budget = int(free_memory(device) * (1 - MARGIN)) - logits - optimizer - max(activations.kept)
+    budget = int(free_memory(device) * (1 - MARGIN)) - optimizer - max(activations.kept)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         least = torch.tensor(budget, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
@@ -262,7 +266,7 @@ def set_up(model: nn.Module, region, args, context=nullcontext) -> Plan:
         budget, limit = parse_size(args.region_memory), "--region_memory"
     elif policy == "auto":
         device = next(parent_of(model).parameters()).device
-        budget, limit = automatic_budget(model, activations, args, device), f"what fits on {device}"
+        budget, limit = automatic_budget(model, activations, device), f"what fits on {device}"
     plan = make_plan(policy, region, activations, budget, limit)
     install(model, plan)
     return plan

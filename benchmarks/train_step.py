@@ -1,0 +1,288 @@
+"""Time and memory of one training step: upstream's, the paper's region, and this package's, side by side in one process.
+
+    python benchmarks/train_step.py --shape cpu --plot step.png
+
+Random weights, nothing is downloaded. Every mode trains the same Llama on the same batch with LoRA of rank hidden/32 (alpha
+twice that, dropout 0.05) on all linear modules, or all parameters, of its layers:
+
+    upstream  LoRA on every layer, every layer recomputed
+    paper     LoRA on the region, every layer recomputed: what the paper measures
+    region    LoRA on the region, only its layers recomputed, logits at supervised positions only (so the next three)
+    none      the same, nothing recomputed
+    auto      the same, as few layers recomputed as memory asks for: what `--tune_layers` does by itself
+    full      every parameter of the region's layers trained, without LoRA, as few recomputed as memory asks for
+
+Modes take turns, a step each, so that a busy machine slows all of them; times are medians. On a CUDA GPU in bf16, else on CPU
+in fp32. Peak memory is what a step takes beside weights, gradients and optimizer states: on a GPU as its allocator counts it
+(activations and all temporaries), on CPU the tensors that autograd keeps (temporaries not counted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_region import checkpointing, supervised_loss
+from llava_region.activation_memory import format_size, parse_size, saved_peak
+from llava_region.decoder import find_decoder_layers, linear_modules
+from llava_region.errors import LlavaRegionError
+from llava_region.progress import track
+from llava_region.region import Region
+
+MODES = ("upstream", "paper", "region", "none", "auto", "full")
+OURS = ("region", "none", "auto", "full")
+POLICY = {"upstream": "all", "paper": "all", "region": "region", "none": "none", "auto": "auto", "full": "auto"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone and a batch: `samples` sequences of `length` tokens, the image's included."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    samples: int
+    length: int
+
+
+SHAPES = {
+    "tiny": Shape(64, 176, 8, 4, 2, 512, 2, 64),
+    "cpu": Shape(512, 1376, 16, 8, 8, 4000, 2, 512),
+    "llava-7b": Shape(4096, 11008, 32, 32, 32, 32000, 8, 1024),
+    "llava-13b": Shape(5120, 13824, 40, 40, 40, 32000, 8, 1024),
+    "bunny-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8, 1024),
+}
+
+
+def backbone(shape: Shape, device: torch.device) -> LlamaForCausalLM:
+    """A frozen Llama of the shape with random weights, bf16 on a GPU and fp32 on CPU."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, use_cache=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        with device:
+            return LlamaForCausalLM(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def variant(base: LlamaForCausalLM, layers, lora: bool):
+    """The backbone with LoRA on the given decoder layers, or with those layers trained whole; frozen weights are shared with it.
+
+    As under upstream, the embeddings' output requires grad, so that the projector in front of the layers could train.
+    """
+    modules = find_decoder_layers(base).modules
+    own = set() if lora else {id(p) for i in layers for p in modules[i].parameters()}
+    shared = {id(t): t for t in (*base.parameters(), *base.buffers()) if id(t) not in own}
+    model = copy.deepcopy(base, shared)
+    model.enable_input_require_grads()
+    if lora:
+        rank = max(base.config.hidden_size // 32, 1)
+        options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
+        model = get_peft_model(model, LoraConfig(target_modules=linear_modules(model, layers), **options))
+    else:
+        for i in layers:
+            find_decoder_layers(model).modules[i].requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # upstream's kind
+    return model.train()
+
+
+class Mode:
+    """One column of the comparison: a model, its optimizer, and which layers it recomputes."""
+
+    def __init__(self, name: str, model, region: Region, shape: Shape, region_memory: str | None):
+        self.name, self.model = name, model
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
+        batch = {"per_device_train_batch_size": shape.samples, "model_max_length": shape.length}
+        self.arguments = SimpleNamespace(region_checkpointing=POLICY[name], region_memory=region_memory, **batch)
+        self.region, self.plan = region, None
+        self.seconds: list[float] = []
+        self.peak = 0
+        self.loss = float("nan")
+
+    def prepare(self) -> None:
+        """Put the mode's hooks on the model, which other modes share."""
+        if self.name not in OURS:
+            checkpointing.uninstall(self.model)
+            supervised_loss.uninstall(self.model)
+        elif self.plan is None:
+            self.plan = checkpointing.set_up(self.model, self.region.layers, self.arguments)
+            supervised_loss.install(self.model)
+        else:
+            checkpointing.install(self.model, self.plan)
+            supervised_loss.install(self.model)
+
+    def step(self, batch: dict) -> None:
+        self.loss = self.model(**batch).loss
+        self.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def recompute(self) -> tuple[int, ...]:
+        return self.plan.recompute if self.plan else tuple(range(self.region.num_layers))
+
+
+def random_batch(shape: Shape, supervised: float, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token ids (samples, length); the last `supervised` of each sequence are the answers that have labels."""
+    ids = torch.randint(0, shape.vocab, (shape.samples, shape.length), device=device)
+    labels = ids.clone()
+    labels[:, : round(shape.length * (1 - supervised))] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def measure_peak(mode: Mode, batch: dict, device: torch.device) -> int:
+    """Most bytes a step takes beside weights, gradients and optimizer states (see the module's docstring)."""
+    if device.type != "cuda":
+        with saved_peak() as peak:
+            mode.step(batch)
+        return peak()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    mode.model(**batch).loss.backward()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_seconds(mode: Mode, batch: dict, device: torch.device) -> float:
+    """Seconds of one whole step: forward, backward, optimizer."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    mode.step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def run(shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes=MODES) -> dict:
+    """Run the comparison.
+
+    Returns:
+        `{"shape", "device", ..., "modes": {name: {"seconds", "peak_bytes", "ratio", "tokens_per_second", "recomputed", ...}}}`,
+        seconds being medians and ratios medians of the ratio to upstream's step of the same round.
+    """
+    shape = SHAPES[shape_name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = Region.parse(region, shape.layers)
+    torch.manual_seed(0)
+    base = backbone(shape, device)
+    models = {"all": variant(base, range(shape.layers), True), "region": variant(base, chosen.layers, True)}
+    if "full" in modes:
+        models["full"] = variant(base, chosen.layers, False)
+    columns = [Mode(name, models[{"upstream": "all", "full": "full"}.get(name, "region")], chosen, shape, region_memory) for name in modes]
+    batch = random_batch(shape, supervised, device)
+    for mode in track(columns, "peak memory"):
+        mode.prepare()
+        mode.step(batch)  # allocator, optimizer states
+        mode.peak = measure_peak(mode, batch, device)
+        mode.optimizer.zero_grad(set_to_none=True)
+    for _ in track(range(repeats), "steps"):
+        for mode in columns:
+            mode.prepare()
+            mode.seconds.append(measure_seconds(mode, batch, device))
+    return {
+        "shape": shape_name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "peak_is": "allocator's peak beside weights and optimizer" if device.type == "cuda" else "tensors autograd keeps",
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "region": list(chosen.layers),
+        "supervised": supervised,
+        "region_memory_bytes": parse_size(region_memory) if region_memory else None,
+        "repeats": repeats,
+        "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
+        **asdict(shape),
+        "modes": {mode.name: summary(mode, columns[0], shape) for mode in columns},
+    }
+
+
+def summary(mode: Mode, upstream: Mode, shape: Shape) -> dict:
+    """A mode's figures; `ratio` is to upstream's."""
+    seconds = statistics.median(mode.seconds)
+    return {
+        "seconds": seconds,
+        "ratio": statistics.median(a / b for a, b in zip(mode.seconds, upstream.seconds, strict=True)),
+        "peak_bytes": mode.peak,
+        "tokens_per_second": shape.samples * shape.length / seconds,
+        "recomputed": list(mode.recompute),
+        "trainable_parameters": sum(p.numel() for p in mode.model.parameters() if p.requires_grad),
+    }
+
+
+def show(result: dict) -> None:
+    """Print the comparison as a table."""
+    batch = f"{result['samples']} x {result['length']} tokens, {result['supervised']:.0%} supervised"
+    layers = ",".join(map(str, result["region"]))
+    print(f"{result['shape']} on {result['device']}, {result['dtype']}, region {layers}, {batch}, median of {result['repeats']} steps")
+    print(f"{'mode':<9} {'s/step':>9} {'ratio':>6} {'tokens/s':>9} {'peak':>9}  layers recomputed")
+    for name, mode in result["modes"].items():
+        print(f"{name:<9} {mode['seconds']:>9.3f} {mode['ratio']:>6.2f} {mode['tokens_per_second']:>9.0f} "
+              f"{format_size(mode['peak_bytes']):>9}  {len(mode['recomputed'])} of {result['layers']}")  # fmt: skip
+
+
+def plot(result: dict, path: Path) -> None:
+    """Step time and peak memory of every mode as bars, upstream 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    modes = result["modes"]
+    names = list(modes)[::-1]
+    left.barh(names, [modes[name]["ratio"] for name in names], color="tab:blue")
+    right.barh(names, [modes[name]["peak_bytes"] / 1e9 for name in names], color="tab:orange")
+    for row, name in enumerate(names):
+        left.text(modes[name]["ratio"], row, f" {modes[name]['ratio']:.2f}", va="center")
+        right.text(modes[name]["peak_bytes"] / 1e9, row, f" {format_size(modes[name]['peak_bytes'])}", va="center")
+    left.set(xlabel="step time, upstream = 1", xlim=(0, 1.25 * max(mode["ratio"] for mode in modes.values())))
+    right.set(xlabel=f"GB, {result['peak_is']}", xlim=(0, 1.35 * max(mode["peak_bytes"] for mode in modes.values()) / 1e9))
+    if result["region_memory_bytes"]:
+        right.axvline(result["region_memory_bytes"] / 1e9, color="black", linestyle="--", linewidth=1)
+    figure.suptitle(f"{result['shape']}, {result['device']}: {len(result['region'])} of {result['layers']} layers tuned")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="cpu", help="backbone and batch (default: cpu)")
+    parser.add_argument("--region", default="sparse:25%", help="layer spec (default: sparse:25%%)")
+    parser.add_argument("--repeats", type=int, default=9, help="steps a mode (default: 9)")
+    parser.add_argument("--supervised", type=float, default=0.25, help="share of positions with a label (default: 0.25)")
+    parser.add_argument("--region_memory", help="most memory activations may take under auto, such as 2GB (default: what is free)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--plot", type=Path, help="write a figure to this file (.png, .pdf or .svg)")
+    args = parser.parse_args(argv)
+    try:
+        if args.repeats < 1 or not 0 < args.supervised <= 1:
+            raise LlavaRegionError("--repeats must be 1 or more, and --supervised above 0 and at most 1")
+        result = run(args.shape, region=args.region, repeats=args.repeats, supervised=args.supervised, region_memory=args.region_memory)
+    except LlavaRegionError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2)) if args.json else show(result)
+    if args.plot:
+        plot(result, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
