@@ -6,7 +6,6 @@ here is what they share: LoRA runs on their base, batches with the true position
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_region.decoder import find_decoder_layers, is_projector, is_vision, layer_index
+from llava_region.decoder import find_decoder_layers
 from llava_region.errors import LlavaRegionError
+from llava_region.loading import load_multimodal, load_text, quiet_errors
 from llava_region.model_folder import locate
 from llava_region.region import num_layers_of, read_json
+from llava_region.weights import Checkpoint
 
 IGNORE = -100
 IMAGE = -200
@@ -238,16 +239,17 @@ def load(
         raise LlavaRegionError(f"unknown template '{template}'; allowed: {', '.join(half.templates())}")
     if upstream:
         half.check(config, settings)
+    Checkpoint(base or folder)  # damaged files, missing shards, and .bin files with code in them end here
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {
         "dtype": _dtype(dtype, device, config), "device_map": None if device.type == "cpu" else {"": device},
         "attn_implementation": attn_implementation,
     }  # fmt: skip
-    with _loading(folder):
+    with quiet_errors(folder):
         if upstream:
-            model, tokenizer, processor = _load_multimodal(half, folder, base, settings, options)
+            model, tokenizer, processor = load_multimodal(half, folder, base, settings, options)
         else:
-            model, tokenizer, processor = *_load_text(half, folder, config, options), None
+            model, tokenizer, processor = *load_text(half, folder, config, options), None
     if getattr(model.config, "tokenizer_model_max_length", None):
         tokenizer.model_max_length = model.config.tokenizer_model_max_length
     model.requires_grad_(False).to(device).eval()
@@ -295,102 +297,3 @@ def _dtype(dtype, device: torch.device, config: dict) -> torch.dtype:
     if name not in DTYPES:
         raise LlavaRegionError(f"unknown dtype '{name}'; allowed: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-@contextmanager
-def _loading(folder: Path):
-    """Silence transformers' list of weights not used (we check them), and turn its errors into ours."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except LlavaRegionError:
-        raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
-        raise LlavaRegionError(f"cannot load {folder}: {' '.join(str(e).split())[:400]}") from e
-    finally:
-        logging.set_verbosity(before)
-
-
-def _load_text(half, folder: Path, config: dict, options: dict):
-    attention = {"attn_implementation": options["attn_implementation"]} if options["attn_implementation"] else {}
-    model, info = half.text_model_class(config).from_pretrained(
-        folder,
-        torch_dtype=options["dtype"],
-        device_map=options["device_map"],
-        low_cpu_mem_usage=True,
-        output_loading_info=True,
-        **attention,
-    )
-    _refuse_incomplete(model, info, folder)
-    return model, half.load_tokenizer(folder, config)
-
-
-def _load_multimodal(half, folder: Path, base: Path | None, settings: Path, options: dict):
-    weights = base or folder
-    model, tokenizer, info = half.build(weights, settings, **options)
-    extra = _trained_beside(folder) if base else {}
-    _refuse_incomplete(model, info, weights, extra)
-    _put(model, extra, folder)
-    if (folder / "adapter_config.json").is_file():
-        model = _merge_adapter(model, folder)
-    processor = half.attach_vision(model, tokenizer, weights, extra)
-    return model, tokenizer, processor
-
-
-def _trained_beside(folder: Path) -> dict[str, torch.Tensor]:
-    """What a run trained outside its adapter (the projector), by its name in the bare model."""
-    name = "non_lora_trainables.bin" if (folder / "non_lora_trainables.bin").is_file() else "mm_projector.bin"
-    tensors = torch.load(folder / name, map_location="cpu", weights_only=True)
-    return {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-
-
-def _put(model, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copy tensors into the model by name; the vision tower's, not loaded yet, are left to `attach_vision`."""
-    tensors = {name: tensor.to(device=model.device, dtype=model.dtype) for name, tensor in tensors.items() if not is_vision(name)}
-    # a projector that the base lacks is still on the meta device, where copying would do nothing
-    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    if unknown:
-        raise LlavaRegionError(f"{folder} holds weights that its model has not: {unknown[0]} and {len(unknown) - 1} more")
-
-
-def _refuse_incomplete(model, info: dict, folder: Path, extra=()) -> None:
-    """A model whose layers were partly absent would run with random numbers; left-over layers mean another model.
-
-    Raises:
-        LlavaRegionError: such a tensor, by name.
-    """
-    # under newer torch transformers takes all tensors on the meta device for one tied group, and reports none of it missing
-    absent = {*info["missing_keys"], *(name for name, parameter in model.named_parameters() if parameter.is_meta)}
-    missing = sorted(name for name in absent if not is_vision(name) and name not in extra)
-    surplus = [name for name in info["unexpected_keys"] if layer_index(name) is not None and not name.endswith("inv_freq")]
-    if missing:
-        hint = "give the LoRA run or the merged model instead" if all(map(is_projector, missing)) else "the checkpoint is incomplete"
-        raise LlavaRegionError(f"{folder} lacks {missing[0]} ({len(missing)} tensors in all); {hint}")
-    if surplus:
-        raise LlavaRegionError(f"{folder} has tensors beyond the layers of its config.json, such as {surplus[0]}; mend num_hidden_layers")
-
-
-def _merge_adapter(model, folder: Path):
-    """The model with the adapter of `folder` merged in by PEFT.
-
-    Raises:
-        LlavaRegionError: adapter and model do not match tensor for tensor, which PEFT would pass over.
-    """
-    from peft import PeftModel
-    from peft.utils.save_and_load import load_peft_weights
-
-    stored = {name for name in load_peft_weights(str(folder), device="cpu") if "lora_" in name}
-    model = PeftModel.from_pretrained(model, folder)
-    wanted = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
-    if stored != wanted:
-        odd = sorted(stored ^ wanted)
-        raise LlavaRegionError(f"the adapter in {folder} does not fit its base: {odd[0]} ({len(odd)} tensors) is on one side only")
-    dtype = model.dtype
-    model = model.merge_and_unload()
-    for parameter in model.parameters():  # some of PEFT's versions merge in fp32; buffers (rotary frequencies) keep theirs
-        parameter.data = parameter.data.to(dtype)
-    return model

@@ -68,6 +68,7 @@ def build(weights, settings, *, dtype, device_map, attn_implementation):
     raw = PretrainedConfig.get_config_dict(settings)[0]
     model_class = CLASSES[raw["model_type"]][0]
     config = model_class.config_class.from_pretrained(settings)
+    config.__dict__.pop("quantization_config", None)  # of a QLoRA run, whose adapter goes onto the base in its own type
     config.continuous_training = False  # else the tower is loaded while the model is built
     if attn_implementation:  # as an argument beside a config, transformers 4.37 to 4.40 passes over "eager"
         config._attn_implementation = attn_implementation

@@ -58,16 +58,17 @@ def build(weights, settings, *, dtype, device_map, attn_implementation):
     Returns:
         (model, tokenizer, info): info as transformers' `output_loading_info` gives it.
     """
-    config = LlavaConfig.get_config_dict(settings)[0]
-    config_class, model_class, _ = CLASSES[config["model_type"]]
-    settings = config_class.from_pretrained(settings)
+    raw = LlavaConfig.get_config_dict(settings)[0]
+    config_class, model_class, _ = CLASSES[raw["model_type"]]
+    config = config_class.from_pretrained(settings)
+    config.__dict__.pop("quantization_config", None)  # of a QLoRA run, whose adapter goes onto the base in its own type
     if attn_implementation:  # as an argument beside a config, transformers 4.37 to 4.40 passes over "eager"
-        settings._attn_implementation = attn_implementation
+        config._attn_implementation = attn_implementation
     model, info = model_class.from_pretrained(
-        weights, config=settings, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True
+        weights, config=config, torch_dtype=dtype, device_map=device_map, low_cpu_mem_usage=True, output_loading_info=True
     )
     _drop_cache_position(model)
-    return model, load_tokenizer(weights, config), info
+    return model, load_tokenizer(weights, raw), info
 
 
 def text_model_class(config: dict) -> type:

@@ -92,6 +92,16 @@ def test_a_lora_run_is_merged_in_the_asked_dtype(lora_run, tiny, monkeypatch):
     assert not any(parameter.requires_grad for parameter in ours.model.parameters()) and not ours.model.training
 
 
+def test_a_qlora_run_goes_onto_the_base_unquantised(lora_run, tiny, tmp_path):
+    shutil.copytree(lora_run, tmp_path / "run")
+    config = json.loads((lora_run / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    ours = load(tmp_path / "run", tiny.backbone, device="cpu")
+    theirs = load(lora_run, tiny.backbone, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
+
+
 def test_any_folder_name_will_do_and_a_checkpoint_borrows_the_runs_config(lora_run, tiny, tmp_path):
     run = tmp_path / "mpt-mistral"
     shutil.copytree(lora_run, run / "checkpoint-3")
@@ -156,6 +166,34 @@ def test_an_adapter_that_does_not_fit_is_refused(lora_run, tiny, tmp_path):
     (run / "non_lora_trainables.bin").unlink()
     with pytest.raises(LlavaRegionError, match="non_lora_trainables"):
         load(run, tiny.backbone, device="cpu")
+
+
+class Ran(Exception):
+    """Raised by code that a pickle carried."""
+
+
+class Carrier:
+    def __reduce__(self):
+        return exec, ("from tests.test_models import Ran; raise Ran",)
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "adapter_model.bin", "pytorch_model.bin"])
+def test_no_code_in_a_file_is_run(lora_run, llava_checkpoint, tiny, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(llava_checkpoint if name == "pytorch_model.bin" else lora_run, folder)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        file.unlink() if name != "non_lora_trainables.bin" else None
+    torch.save({"model.norm.weight": Carrier()}, folder / name)
+    with pytest.raises(LlavaRegionError, match="no code of it was run"):
+        load(folder, None if name == "pytorch_model.bin" else tiny.backbone, device="cpu")
+
+
+def test_a_damaged_checkpoint_is_refused(llava_checkpoint, tmp_path):
+    shutil.copytree(llava_checkpoint, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LlavaRegionError, match="truncated"):
+        load(tmp_path / "model", device="cpu")
 
 
 def test_pixels_are_upstreams_padded_square(loaded, tiny):
