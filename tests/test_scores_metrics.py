@@ -61,6 +61,16 @@ def test_angular_distance_of_known_angles_and_tiny_ones():
         assert angular_distance(x, y, mask).item() == pytest.approx(degrees / 180, rel=1e-9, abs=1e-15)
 
 
+def test_the_angle_of_nearly_equal_float32_vectors_keeps_its_digits():
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 256)
+    y = x + torch.randn(1, 1, 256) * 1e-6
+    u, d = x.double().flatten(), (y.double() - x.double()).flatten()
+    along = d @ u / u.norm()
+    across = (d - along * u / u.norm()).norm()
+    assert angular_distance(x, y, bools([1])).item() == pytest.approx(math.atan2(across, u.norm() + along) / math.pi, rel=1e-6)
+
+
 def test_a_zero_vector_is_at_a_right_angle_to_any_other():
     x, y = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
     assert angular_distance(x, y, bools([1])).item() == 0.5
@@ -80,6 +90,23 @@ def test_attention_forced_onto_the_image_tokens(monkeypatch, block):
     keys = torch.where(image, 100.0, 0.0)[:, None, :, None].expand(2, 2, 6, 4)
     score = image_attention(torch.ones(2, 4, 6, 4), keys, 0.5, bools([1] * 6, [1] * 6), image, first=1)
     assert score.tolist() == pytest.approx([5 / 2, 0])  # 5 of 6 queries (the first sees none), 2 image tokens
+
+
+@pytest.mark.parametrize("block", [40, 1 << 20])
+def test_without_a_mask_of_the_layer_attention_is_causal_and_passes_over_padding(monkeypatch, block):
+    """As SDPA and flash attention run: they get no mask, or only the padding."""
+    monkeypatch.setattr(image_attention_module, "BLOCK_ELEMENTS", {"cpu": block})
+    torch.manual_seed(0)
+    batch = random_batch(1)
+    mask, image = batch.attention_mask, batch.image_mask
+    image[1, 2:5] = image[2, 0:2] = True  # some of them on padding
+    queries, keys = torch.randn(3, 4, 17, 8), torch.randn(3, 2, 17, 8)
+    scores = queries.double() @ keys.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.7
+    visible = torch.ones(17, 17).bool().tril() & mask[:, None, None, :]
+    attention = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num() * mask[:, None, :, None]
+    expected = [attention[i][:, :, image[i] & mask[i]].sum().item() / (int((image[i] & mask[i]).sum()) * 4) for i in range(3)]
+    found = image_attention(queries, keys, 0.7, mask, image, first=2)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_uniform_attention_by_hand():
