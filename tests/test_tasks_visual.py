@@ -160,6 +160,9 @@ def test_mmbench_answers_to_base_rows_alone(tmp_path):
     result = task.score(examples, {"241": "A", "252": "B"})
     assert (result["score"], result["accuracy"], result["circular"], result["metric"]) == (50, 50, None, "accuracy")
     assert (result["n"], result["missing"], result["categories"]) == (2, 4, None)
+    base = [e for e in examples if not e.reference.rotation]
+    alone = task.score(base, {"241": "A", "252": "B"})  # nor where the rotations were not asked
+    assert (alone["score"], alone["circular"], alone["metric"], alone["missing"]) == (50, None, "accuracy", 0)
     partly = task.score(examples, {"241": "A", "252": "A", "1000252": "B"})
     assert (partly["score"], partly["metric"], partly["missing"]) == (50, "circular", 3)
 

@@ -124,27 +124,25 @@ def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
     of rows ("rows" in all) while "n" is of questions.
     """
     texts, missing = answers_file.texts(TASK, examples, answers)
-    groups, base, categories, answered = defaultdict(list), [], {}, defaultdict(bool)
-    for text, example in zip(texts, examples, strict=True):
-        hit = correct(text, example.reference)
-        groups[example.reference.base].append(hit)
-        categories[example.reference.base] = example.reference.category
-        answered[example.reference.rotation > 0] |= TASK.key_of(example) in answers
-        base += [hit] if example.reference.rotation == 0 else []
-    accuracy, circular = percent(base), percent([all(hits) for hits in groups.values()])
-    known = answered[True] or not answered[False] or True not in answered
-    by_category = defaultdict(list)
-    for question, hits in groups.items():
-        by_category[categories[question]].append(all(hits))
+    hits = [correct(text, example.reference) for text, example in zip(texts, examples, strict=True)]
+    questions, category_of, categories = defaultdict(list), {}, defaultdict(list)
+    for hit, example in zip(hits, examples, strict=True):
+        questions[example.reference.base].append(hit)
+        category_of.setdefault(example.reference.base, example.reference.category)
+    for question, rotations in questions.items():
+        categories[category_of[question]].append(all(rotations))
+    accuracy = percent([hit for hit, example in zip(hits, examples, strict=True) if example.reference.rotation == 0])
+    circular = percent([all(rotations) for rotations in questions.values()])
+    known = not answers or any(example.reference.rotation and TASK.key_of(example) in answers for example in examples)
     return {
         "metric": "circular" if known else "accuracy",
         "score": circular if known else accuracy,
-        "n": len(groups),
+        "n": len(questions),
         "missing": missing,
         "rows": len(examples),
         "circular": circular if known else None,
         "accuracy": accuracy,
-        "categories": {name: percent(by_category[name]) for name in sorted(by_category)} if known else None,
+        "categories": {name: percent(categories[name]) for name in sorted(categories)} if known else None,
     }
 
 
