@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patches import bunny_shims
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ALL = sorted([*SCRIPTS.glob("**/*.sh"), *SCRIPTS.glob("**/*.sbatch")])
 # per device, maximum length, grouping, template, data and vision tower of each model: the paper's training recipes
@@ -212,6 +214,15 @@ def test_flags_are_llavas_own():
     """Upstream's own argument classes know every flag but ours."""
     train = pytest.importorskip("llava.train.train")
     _parse_with_upstream(train, "llava_7b")
+
+
+def test_flags_are_bunnys_own():
+    if reason := bunny_shims.why_not():
+        pytest.skip(reason)
+    bunny_shims.apply()
+    import bunny.train.train
+
+    _parse_with_upstream(bunny.train.train, "bunny_llama3_8b")
 
 
 def _parse_with_upstream(train, model):

@@ -5,8 +5,8 @@
 # evaluations, so Table 2 trains only what Table 1 has not. From the environment, beside the settings of ../train/common.sh:
 #   RESULTS=results/reproduce   all that is written: runs/ scores/ pruned/ eval/ and a folder for each table or figure
 #   EVAL_DATA=data/eval         the benchmarks' official files; `llava-region eval --list` says which
-#   FLICKR_LIST FLICKR_IMAGES   JSON list of Flickr30k's image names, and their folder: 1,000 are drawn for block influence
-#   ATTENTION_DATA ATTENTION_IMAGES   data files of DocVQA, OCRVQA, TDIUC and RefCOCOg (with spaces between), 50 drawn of each
+#   FLICKR_IMAGES               folder of Flickr30k's images; 1,000 are drawn for block influence and angular distance
+#   ATTENTION_TASKS             benchmarks that image attention is scored on, 50 questions of each, with spaces between
 #   BUNNY_LLAMA3_8B_MODEL, LLAVA_7B_MODEL, LLAVA_13B_MODEL   the backbones' folders; likewise ..._VISION_TOWER,
 #                               ..._PROJECTOR, ..._DATA and ..._IMAGES, which go before the setting without the model's name
 #   TASKS                       benchmarks, with commas between; default: those of the table or figure
@@ -19,10 +19,8 @@ source "$SCRIPTS/launching.sh"
 
 RESULTS=${RESULTS:-results/reproduce}
 EVAL_DATA=${EVAL_DATA:-data/eval}
-FLICKR_LIST=${FLICKR_LIST:-data/flickr30k/images.json}
 FLICKR_IMAGES=${FLICKR_IMAGES:-data/flickr30k/images}
-ATTENTION_DATA=${ATTENTION_DATA:-data/attention/docvqa.json data/attention/ocrvqa.json data/attention/tdiuc.json data/attention/refcocog.json}
-ATTENTION_IMAGES=${ATTENTION_IMAGES:-data/attention/images}
+ATTENTION_TASKS=${ATTENTION_TASKS:-docvqa ocrvqa tdiuc refcocog}
 MODE=${MODE:-lora}
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-0}
@@ -44,12 +42,15 @@ words_of() {
     read -ra words <<<"${1:-}"
 }
 
+declare -A listed # outputs whose command the dry run has printed
+
 # OUTPUT COMMAND...: run a command unless its output is there.
 once() {
     local output=$1
     shift
     if [[ $DRY_RUN == 1 ]]; then
-        print_command "$@"
+        [[ -v listed[$output] ]] || print_command "$@"
+        listed[$output]=1
     elif [[ -e $output ]]; then
         echo "done before: $output" >&2
     else
@@ -121,15 +122,21 @@ score() {
 
 # KIND METRICS: on 1,000 images of Flickr30k, as the paper scores block influence.
 score_on_flickr() {
-    score "$1" --metrics "$2" --data "$FLICKR_LIST" --image-folder "$FLICKR_IMAGES" --limit 1000 \
+    local list=$RESULTS/data/flickr30k.json
+    once "$list" "$PYTHON" "$SCRIPTS/reproduce/score_data.py" images "$FLICKR_IMAGES" --out "$list"
+    score "$1" --metrics "$2" --data "$list" --image-folder "$FLICKR_IMAGES" --limit 1000 \
         --prompt "Please describe this image in detail."
 }
 
+# On 50 questions of each of the paper's four benchmarks.
 score_attention() {
-    words_of "$ATTENTION_DATA"
-    local file files=()
-    for file in "${words[@]}"; do files+=(--data "$file"); done
-    score attention --metrics image_attention "${files[@]}" --image-folder "$ATTENTION_IMAGES" --limit 50
+    local task file files=()
+    for task in $ATTENTION_TASKS; do
+        file=$RESULTS/data/attention-$task.json
+        once "$file" "$PYTHON" "$SCRIPTS/reproduce/score_data.py" task "$task" --data-root "$EVAL_DATA" --out "$file"
+        files+=(--data "$file")
+    done
+    score attention --metrics image_attention "${files[@]}" --image-folder "$EVAL_DATA" --limit 50
 }
 
 # K [FLAG...]: drop K layers by the angular distance in `scores`; sets `run` to the pruned model, which is whole.
