@@ -18,7 +18,7 @@ from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 
 # Sequence lengths that are measured. Equal remainders by 16, since attention kernels pad to multiples of 8 or 16;
 # not such a multiple, so that what padding costs is in the figure.
-LENGTHS = (49, 97, 145)
+LENGTHS = (17, 33, 49)
 SAMPLES = 2
 
 
@@ -54,6 +54,12 @@ def parent_of(model: nn.Module) -> nn.Module:
     """The module that holds the decoder layers and runs them one after the other (LlamaModel, MptModel...)."""
     prefix = find_decoder_layers(model).prefix
     return model.get_submodule(prefix.rpartition(".")[0])
+
+
+def causal_of(model: nn.Module) -> nn.Module:
+    """The model with the language-model head (LlavaLlamaForCausalLM...), out of PEFT's, DDP's and DeepSpeed's wrappers."""
+    prefix = find_decoder_layers(model).prefix.rsplit(".", 2)
+    return model.get_submodule(prefix[0]) if len(prefix) == 3 else model
 
 
 def measure(model: nn.Module, layers: Iterable[int], context=nullcontext) -> dict[int, KeptBytes]:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava_region.activation_memory import format_size, free_memory, measure, parent_of, parse_size, sample_model
+from llava_region.activation_memory import causal_of, format_size, free_memory, measure, parent_of, parse_size, sample_model
 from llava_region.decoder import find_decoder_layers, layer_index
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
+from llava_region.supervised_loss import logits_at_once
 
 POLICIES = ("auto", "all", "region", "none")
 # Of the free memory, what is left alone: allocator fragmentation, and what other libraries take later.
 MARGIN = 0.1
 # Bytes a logit of the loss takes at its worst, under upstream's loss: the head's output, its copy in fp32, the copy that is
-# shifted by one position, and the log-softmax. Positions without a label count too: a batch may have a label everywhere.
+# shifted by one position, and the log-softmax.
 LOGIT_BYTES = 16
 # Bytes a trainable parameter still takes after the first step began, without DeepSpeed: gradient and AdamW's two moments.
 TRAINABLE_BYTES = 12
@@ -166,7 +167,7 @@ def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
 
     Args:
         model: as it trains: bare, or under PEFT, DDP or DeepSpeed.
-        args: upstream's TrainingArguments.
+        args: upstream's TrainingArguments with `supervised_logits`.
         context: makes the context the forward pass runs in (autocast).
     """
     modules = find_decoder_layers(model).modules
@@ -195,19 +196,14 @@ def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
         layer_input=tokens * width * itemsize,
         first=lowest_differentiated(model),
         mask=tokens * length * itemsize,
-        head=tokens * (width * (8 + itemsize) + parent.config.vocab_size * LOGIT_BYTES),  # the norm works in fp32
+        # the final norm works in fp32; of the selected positions there are hidden states and gradients
+        head=tokens * width * (8 + 3 * itemsize) + logits_at_once(model, tokens, args.supervised_logits) * LOGIT_BYTES,
     )
 
 
 def _cost(layer: nn.Module) -> float:
     """Multiplications a token in the layer's linear modules, LoRA's included: what its forward time goes by."""
     return float(sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear)))
-
-
-def causal_of(model: nn.Module) -> nn.Module:
-    """The model with the language-model head (LlavaLlamaForCausalLM...), out of PEFT's, DDP's and DeepSpeed's wrappers."""
-    prefix = find_decoder_layers(model).prefix.rsplit(".", 2)
-    return model.get_submodule(prefix[0]) if len(prefix) == 3 else model
 
 
 def _lora_config(model: nn.Module):
@@ -247,7 +243,7 @@ def set_up(model: nn.Module, region, args, context=nullcontext) -> Plan:
     Args:
         model: as the trainer has wrapped it, gradient checkpointing switched on.
         region: indices of the tuned layers.
-        args: upstream's TrainingArguments with `region_checkpointing` and `region_memory`.
+        args: upstream's TrainingArguments with this package's flags.
         context: makes the context the forward pass runs in (autocast).
 
     Raises:
@@ -255,11 +251,11 @@ def set_up(model: nn.Module, region, args, context=nullcontext) -> Plan:
         LlavaRegionError: `--region_memory` can't be met.
     """
     policy = args.region_checkpointing
-    why_all = _why_all(model)
-    if why_all and policy in ("region", "none"):
-        raise UnsupportedUpstream(f"--region_checkpointing {policy} is not possible here: {why_all}; allowed: all")
-    if why_all:
-        return Plan(tuple(range(len(find_decoder_layers(model).modules))), "all", f"every layer is recomputed: {why_all}", 0, None)
+    forced = why_all(model)
+    if forced and policy in ("region", "none"):
+        raise UnsupportedUpstream(f"--region_checkpointing {policy} is not possible here: {forced}; allowed: all")
+    if forced:
+        return Plan(tuple(range(len(find_decoder_layers(model).modules))), "all", f"every layer is recomputed: {forced}", 0, None)
     activations = activations_of(model, args, context)
     budget, limit = None, None
     if policy == "auto" and args.region_memory:
@@ -272,7 +268,7 @@ def set_up(model: nn.Module, region, args, context=nullcontext) -> Plan:
     return plan
 
 
-def _why_all(model: nn.Module) -> str | None:
+def why_all(model: nn.Module) -> str | None:
     """Why the model has to recompute every layer, or None."""
     if isinstance(model, nn.DataParallel):
         return "torch.nn.DataParallel copies the layers in every step (launch with torchrun or deepspeed instead)"
@@ -291,9 +287,9 @@ def install(model: nn.Module, plan: Plan) -> None:
     Raises:
         UnsupportedUpstream: the model does not call it, or gradient checkpointing is not switched on.
     """
-    why_all = _why_all(model)
-    if why_all:
-        raise UnsupportedUpstream(f"{why_all}, so its layers can't be recomputed singly; allowed: --region_checkpointing all")
+    forced = why_all(model)
+    if forced:
+        raise UnsupportedUpstream(f"{forced}, so its layers can't be recomputed singly; allowed: --region_checkpointing all")
     uninstall(model)
     parent, modules = parent_of(model), find_decoder_layers(model).modules
     if not parent.gradient_checkpointing or not hasattr(parent, "_gradient_checkpointing_func"):

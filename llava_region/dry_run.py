@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from llava_region.activation_memory import free_memory, parse_size
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.preflight import Preflight, zero_settings
 from llava_region.run import RegionRun
@@ -46,12 +47,51 @@ def show(upstream, preflight: Preflight) -> None:
         ("memory a GPU", f"{world} GPU{'s' * (world > 1)}, {f'ZeRO-{stage}' if stage else 'no ZeRO'}, without activations"),
         *[(f"  {name}", f"{value / 2**30:.2f} GiB") for name, value in memory._asdict().items()],
         ("  sum", f"{sum(memory) / 2**30:.2f} GiB"),
+        *activation_rows(model, args, region, sum(memory)),
     ]
     if preflight.records is not None:
         rows.insert(5, ("data", f"{args.data_path}: {len(preflight.records):,} records, {images:,} with an image"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def activation_rows(model, args, region, states: float) -> list[tuple[str, str]]:
+    """Memory of the activations under each `--region_checkpointing`, and what `auto` would choose where its limit is known:
+    from `--region_memory`, or from this machine where training would run on it.
+
+    Args:
+        states: bytes of weights, gradients and optimizer states.
+
+    Raises:
+        LlavaRegionError: `--region_memory` can't be met.
+    """
+    import torch
+
+    from llava_region import checkpointing
+
+    if not args.gradient_checkpointing:
+        return [("activations", "all kept (--gradient_checkpointing False)")]
+    forced = checkpointing.why_all(model)
+    if forced:
+        return [("activations", f"every layer is recomputed: {forced}")]
+    activations = checkpointing.activations_of(model, args)
+    samples, length = checkpointing.largest_batch(args)
+    rows = [("activations", f"largest batch, {samples} x {length} tokens, logits included, by --region_checkpointing")]
+    for policy in ("all", "region", "none"):
+        plan = checkpointing.make_plan(policy, region.layers, activations)
+        rows.append((f"  {policy}", f"{plan.bytes_kept / 2**30:.2f} GiB, {len(plan.recompute)} layers recomputed"))
+    if args.region_checkpointing != "auto":
+        return [*rows, ("  chosen", args.region_checkpointing)]
+    if args.region_memory:
+        budget, limit = parse_size(args.region_memory), "--region_memory"
+    elif torch.cuda.is_available() or args.use_cpu:
+        device = torch.device("cpu" if args.use_cpu else "cuda")
+        free = free_memory(device) * (1 - checkpointing.MARGIN)
+        budget, limit = int(free - states) - max(activations.kept), f"what would fit on {device} here"
+    else:
+        return [*rows, ("  auto", "as few layers as fit, chosen when training starts by the GPU's free memory")]
+    return [*rows, ("  auto", checkpointing.make_plan("auto", region.layers, activations, budget, limit).reason.partition(": ")[2])]
 
 
 def empty_model(upstream, preflight: Preflight, run: RegionRun):

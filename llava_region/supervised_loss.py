@@ -2,7 +2,9 @@
 
 In training, upstream computes the head's logits for every position, in fp32, and then ignores those without a label: the
 image's tokens, the question, the padding. Here the head sees only the positions whose next token is an answer's; the loss is
-the same mean over the same positions, equal within the rounding of another order of summation.
+the same mean over the same positions, equal within the rounding of another order of summation. It is computed a slice of
+positions at a time, gradient included, so that no more than `LOGITS_AT_ONCE` logits are ever in memory: at 16 x 2048 tokens
+and Llama 3's vocabulary, upstream's take 68 GB.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_region.checkpointing import causal_of
+from llava_region.activation_memory import causal_of
 
 IGNORE_INDEX = -100
+LOGITS_AT_ONCE = 2**26
 
 
 @dataclass
@@ -59,8 +62,8 @@ def install(model: nn.Module) -> str | None:
     """Have the model compute logits only at supervised positions while it trains; evaluation and generation are untouched.
 
     Upstream's own forward runs, with two seams: `prepare_inputs_labels_for_multimodal` (where there is one) hands its labels
-    over instead of passing them on, and a pre-hook of the head selects the positions. The head is called as a module, exactly
-    once a step, so ZeRO-3 gathers it as ever.
+    over instead of passing them on, and the head's forward answers with the loss in the logits' place. The head is called as a
+    module, exactly once a step, so ZeRO-3 gathers it as ever, whatever number of slices each rank has.
 
     Args:
         model: as the trainer has wrapped it. Its outputs then hold `loss` and no logits.
@@ -73,9 +76,10 @@ def install(model: nn.Module) -> str | None:
         return reason
     uninstall(model)
     causal, batch = causal_of(model), _Batch()
-    handle = causal.get_output_embeddings().register_forward_pre_hook(functools.partial(_select, batch))
+    head = causal.get_output_embeddings()
     forward = functools.wraps(causal.forward)(functools.partial(_forward, causal, causal.forward, batch))
-    forward.undo = [handle.remove, _restore(causal, "forward")]
+    forward.undo = [_restore(causal, "forward"), _restore(head, "forward")]
+    head.forward = functools.partial(_head, causal, head, head.forward, batch)
     prepare = getattr(causal, "prepare_inputs_labels_for_multimodal", None)
     if prepare is not None:
         forward.undo.append(_restore(causal, "prepare_inputs_labels_for_multimodal"))
@@ -114,7 +118,7 @@ def _forward(causal, upstream, batch: _Batch, *args, **kwargs):
         raise RuntimeError(
             f"{type(causal).__name__}.forward did not call prepare_inputs_labels_for_multimodal; give --supervised_logits False"
         )
-    return type(outputs)(loss=F.cross_entropy(outputs.logits, batch.targets))
+    return type(outputs)(loss=outputs.logits)
 
 
 def _prepare(upstream, batch: _Batch, *args, **kwargs):
@@ -125,11 +129,58 @@ def _prepare(upstream, batch: _Batch, *args, **kwargs):
     return (*prepared, None)
 
 
-def _select(batch: _Batch, head: nn.Module, args: tuple):
-    """Pre-hook of the head: hidden states (samples, tokens, hidden) to (n, hidden)."""
+def _head(causal, head: nn.Module, upstream, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """In place of the head's forward: the loss, a scalar, from hidden states (samples, tokens, hidden); logits where no labels wait."""
     if batch.rows is None:
-        return None
-    hidden = args[0]
+        return upstream(hidden)
     if tuple(hidden.shape[:2]) != batch.shape:
         raise ValueError(f"labels of shape {batch.shape} do not fit hidden states of shape {tuple(hidden.shape)}")
-    return (hidden.flatten(0, 1).index_select(0, batch.rows), *args[1:])
+    hidden = hidden.flatten(0, 1).index_select(0, batch.rows)
+    if not _in_slices(head, hidden.dtype):
+        return F.cross_entropy(upstream(hidden).float(), batch.targets)
+    return _LossInSlices.apply(hidden, batch.targets, upstream, causal.config.vocab_size)
+
+
+def _in_slices(head: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the loss's gradient may be taken in the forward pass: not of a head that trains itself, and not in fp16, where
+    it would vanish before the loss is scaled up."""
+    return dtype != torch.float16 and not any(p.requires_grad for p in head.parameters())
+
+
+class _LossInSlices(torch.autograd.Function):
+    """Mean cross-entropy of hidden states (n, hidden) under a frozen head against targets (n,), a slice at a time.
+
+    The gradient is taken slice by slice in the forward pass already, so that logits need not be kept, nor the head be run again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, logits_of, vocabulary):
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        start, size = 0, max(LOGITS_AT_ONCE // vocabulary, 1)
+        while start < len(targets):
+            part = hidden[start : start + size].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = F.cross_entropy(logits_of(part).float(), targets[start : start + size], reduction="sum") / len(targets)
+            gradient[start : start + size] = torch.autograd.grad(loss, part)[0]
+            total += loss.detach()
+            start += size
+        ctx.save_for_backward(gradient)
+        return total if len(targets) else total / 0  # not a number, as upstream's mean over no label
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0] * grad_output, None, None, None
+
+
+def logits_at_once(model: nn.Module, tokens: int, supervised: bool) -> int:
+    """Most logits that are in memory together for a batch of `tokens`, every position of which may have a label.
+
+    Args:
+        supervised: whether this module's loss is asked for (`--supervised_logits`).
+    """
+    causal = causal_of(model)
+    everything = tokens * causal.config.vocab_size
+    head = causal.get_output_embeddings()
+    dtype = next(head.parameters()).dtype
+    return min(everything, LOGITS_AT_ONCE) if supervised and not why_not(model) and _in_slices(head, dtype) else everything

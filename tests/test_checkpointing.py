@@ -92,7 +92,13 @@ def plan_of(recompute, first=0) -> Plan:
 def arguments(policy="auto", limit=None, samples=2, length=24):
     batch_of = {"per_device_train_batch_size": samples, "model_max_length": length}
     return SimpleNamespace(
-        region_checkpointing=policy, region_memory=limit, gradient_checkpointing=True, bf16=False, fp16=False, **batch_of
+        region_checkpointing=policy,
+        region_memory=limit,
+        gradient_checkpointing=True,
+        supervised_logits=False,
+        bf16=False,
+        fp16=False,
+        **batch_of,
     )
 
 

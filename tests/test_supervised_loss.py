@@ -1,6 +1,7 @@
 """Logits only where labels are: the same loss and gradients as upstream's, and the same losses over 50 steps of training."""
 
 import json
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -50,25 +51,59 @@ def step(model, inputs):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def rows_seen(head: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of what the head is given, noted from here on."""
-    seen = []
-    head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+def rows_seen(head: nn.Module) -> list[int]:
+    """Rows that logits are computed for, call by call, noted from here on; to be called before install."""
+    seen, forward = [], head.forward
+
+    def noting(hidden):
+        seen.append(hidden.shape[:-1].numel())
+        return forward(hidden)
+
+    head.forward = noting
     return seen
 
 
 @pytest.mark.parametrize("labelled", [0.05, 0.3, 1.0])
-def test_loss_and_gradients_are_upstreams(model, labelled):
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_loss_and_gradients_are_upstreams(model, labelled, head_trains, monkeypatch):
+    monkeypatch.setattr(supervised_loss, "LOGITS_AT_ONCE", 7 * 50 + 3)  # slices of 7 positions
+    model.lm_head.requires_grad_(head_trains)
     inputs = batch(labelled)
     loss, gradients = step(model, inputs)
-    assert supervised_loss.install(model) is None
     seen = rows_seen(model.lm_head)
+    assert supervised_loss.install(model) is None
     ours, found = step(model, inputs)
-    assert seen == [((inputs["labels"][:, 1:] != -100).sum(), 32)]
+    assert sum(seen) == (inputs["labels"][:, 1:] != -100).sum() and len(seen) == (1 if head_trains else -(-sum(seen) // 7))
     torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, monkeypatch):
+    monkeypatch.setattr(supervised_loss, "LOGITS_AT_ONCE", 7 * 50)
+    model = FAMILIES["llama"]().to(dtype).train()
+    model.lm_head.requires_grad_(False)
+    inputs = batch()
+    loss, gradients = step(model, inputs)
+    seen = rows_seen(model.lm_head)
+    supervised_loss.install(model)
+    ours, found = step(model, inputs)
+    assert (len(seen) == 1) == (dtype == torch.float16)  # whose gradients would vanish before they are scaled
+    torch.testing.assert_close(ours, loss, rtol=1e-3, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0.05, atol=1e-3, msg=name)
+
+
+def test_logits_in_memory(model):
+    model.lm_head.requires_grad_(False)
+    slices = supervised_loss.LOGITS_AT_ONCE
+    assert supervised_loss.logits_at_once(model, 100, True) == 5000
+    assert supervised_loss.logits_at_once(model, slices, True) == slices
+    assert supervised_loss.logits_at_once(model, slices, False) == 50 * slices
+    model.lm_head.requires_grad_(True)
+    assert supervised_loss.logits_at_once(model, slices, True) == 50 * slices
 
 
 def test_a_batch_without_labels_is_as_under_upstream(model):
@@ -91,13 +126,13 @@ def test_evaluation_and_calls_without_labels_are_untouched(model):
 
 
 def test_install_twice_is_install_once_and_uninstall_restores(model):
-    before = dict(vars(model))
+    before, head = dict(vars(model)), dict(vars(model.lm_head))
     for _ in range(2):
         supervised_loss.install(model)
-    assert len(model.lm_head._forward_pre_hooks) == 1
+    assert model.lm_head.forward.args[2] == types.MethodType(nn.Linear.forward, model.lm_head)
     supervised_loss.uninstall(model)
     supervised_loss.uninstall(model)
-    assert vars(model) == before and not model.lm_head._forward_pre_hooks
+    assert vars(model) == before and vars(model.lm_head) == head
     assert model(**batch()).logits.shape == (3, 20, 50)
 
 
@@ -166,10 +201,10 @@ def test_upstreams_llava_under_peft(llava_batch):
     model, inputs = llava_batch
     loss, gradients = step(model, inputs)
     assert any("mm_projector" in name for name in gradients) and any("lora_A" in name for name in gradients)
-    assert supervised_loss.install(model) is None
     seen = rows_seen(model.get_base_model().lm_head)
+    assert supervised_loss.install(model) is None
     ours, found = step(model, inputs)
-    assert seen == [((inputs["labels"] != -100).sum(), 64)]
+    assert seen == [(inputs["labels"] != -100).sum()]
     torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
