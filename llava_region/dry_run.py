@@ -56,6 +56,16 @@ def show(upstream, preflight: Preflight) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def check_region_memory(upstream, preflight: Preflight) -> None:
+    """Refuse a `--region_memory` that no choice of layers meets, before weights load.
+
+    Raises:
+        LlavaRegionError: names the least that would do.
+    """
+    run = RegionRun(preflight.region, upstream=upstream.NAME, non_lora_state=None)
+    activation_rows(empty_model(upstream, preflight, run), preflight.args, preflight.region, 0)
+
+
 def activation_rows(model, args, region, states: float) -> list[tuple[str, str]]:
     """Memory of the activations under each `--region_checkpointing`, and what `auto` would choose where its limit is known:
     from `--region_memory`, or from this machine where training would run on it.
