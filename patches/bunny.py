@@ -9,9 +9,11 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_region.arguments import extend_arguments
-from llava_region.errors import LlavaRegionError
 from llava_region.patches.seams import import_upstream, rebound, require, require_fields
+
+from llava_region.arguments import extend_arguments
+from llava_region.dry_run import vision_model
+from llava_region.errors import LlavaRegionError
 from llava_region.trainer import RegionRun, finish, region_trainer
 
 NAME = "bunny"
@@ -41,17 +43,18 @@ MODEL_FIELDS = (
     "pretrain_mm_mlp_adapter",
     "mm_projector_type",
 )
-# --model_type: (model types of the config.json it can load, template it is trained with)
+# --model_type: (Bunny's class for it, model types of the config.json it can load, template it is trained with)
 MODEL_TYPES = {
-    "llama3-8b": (("llama", "bunny-llama"), "llama"),
-    "phi-3": (("phi3", "bunny-phi3"), "phi3"),
-    "phi-2": (("phi", "phi-msft", "bunny-phi"), "bunny"),
-    "phi-1.5": (("phi", "phi-msft", "bunny-phi"), "bunny"),
-    "qwen1.5-1.8b": (("qwen2", "bunny-qwen2"), "bunny"),
-    "stablelm-2": (("stablelm", "stablelm_epoch", "bunny-stablelm"), "bunny"),
-    "minicpm": (("minicpm", "bunny-minicpm"), "minicpm"),
+    "llama3-8b": ("BunnyLlamaForCausalLM", ("llama", "bunny-llama"), "llama"),
+    "phi-3": ("BunnyPhi3ForCausalLM", ("phi3", "bunny-phi3"), "phi3"),
+    "phi-2": ("BunnyPhiForCausalLM", ("phi", "phi-msft", "bunny-phi"), "bunny"),
+    "phi-1.5": ("BunnyPhiForCausalLM", ("phi", "phi-msft", "bunny-phi"), "bunny"),
+    "qwen1.5-1.8b": ("BunnyQwen2ForCausalLM", ("qwen2", "bunny-qwen2"), "bunny"),
+    "stablelm-2": ("BunnyStableLMForCausalLM", ("stablelm", "stablelm_epoch", "bunny-stablelm"), "bunny"),
+    "minicpm": ("BunnyMiniCPMForCausalLM", ("minicpm", "bunny-minicpm"), "minicpm"),
 }
 LLAMA3_EOS = 128001  # written into Bunny's train() for llama3-8b
+SIGLIP_WIDTH = 1152  # of siglip-so400m, where the tower's config isn't on this machine
 TOWERS = ("sig", "eva", "clip")  # Bunny tells a vision tower's kind by these in its path
 
 
@@ -133,7 +136,7 @@ def check_arguments(args, config: dict) -> None:
     """
     if args.model_type not in MODEL_TYPES:
         raise LlavaRegionError(f"--model_type {args.model_type} is unknown to Bunny; allowed: {', '.join(MODEL_TYPES)}")
-    kinds, template = MODEL_TYPES[args.model_type]
+    _, kinds, template = MODEL_TYPES[args.model_type]
     if config.get("model_type") not in kinds:
         raise LlavaRegionError(
             f"--model_type {args.model_type} does not fit {args.model_name_or_path}, whose config.json says '{config.get('model_type')}'; "
@@ -141,8 +144,8 @@ def check_arguments(args, config: dict) -> None:
         )
     if args.model_type == "llama3-8b" and config.get("vocab_size", 0) <= LLAMA3_EOS:
         raise LlavaRegionError(
-            f"--model_type llama3-8b ends answers with token {LLAMA3_EOS}, but {args.model_name_or_path} has {config.get('vocab_size')} tokens; "
-            "give a Llama 3"
+            f"--model_type llama3-8b ends answers with token {LLAMA3_EOS}, but {args.model_name_or_path} has "
+            f"{config.get('vocab_size')} tokens; give a Llama 3"
         )
     templates = sys.modules["bunny.train.train"].conversation_lib.conv_templates
     if args.version not in templates:
@@ -161,7 +164,7 @@ def _check_tower(args) -> None:
     kinds = [kind for kind in TOWERS if kind in args.vision_tower.lower()]
     if not kinds:
         raise LlavaRegionError(
-            f"--vision_tower {args.vision_tower}: Bunny tells the kind of a tower by its path; allowed: one that contains {', '.join(TOWERS)}"
+            f"--vision_tower {args.vision_tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}"
         )
     if args.use_s2 and kinds[0] != "sig":
         raise LlavaRegionError(f"--use_s2 True works with SigLIP alone, not with {args.vision_tower}; leave it out")
@@ -183,7 +186,31 @@ def _check_continued(args, config: dict) -> None:
         )
     for name, ours in (("mm_projector_type", "mlp2x_gelu"), ("use_s2", False)):
         if getattr(args, name) != config.get(name, ours):
-            raise LlavaRegionError(f"--{name} {getattr(args, name)} does not fit {model}, which has {config.get(name, ours)}; give the same")
+            raise LlavaRegionError(f"--{name} {getattr(args, name)} does not fit {model}; give --{name} {config.get(name, ours)}")
+
+
+def empty_model(args, config: dict):
+    """Bunny's model on the default device (meta, in a dry run) from a config alone, with projector and vision tower.
+
+    Args:
+        args: the flags, parsed.
+        config: `config.json` of the model that training starts from.
+    """
+    from bunny.model.multimodal_projector.builder import build_vision_projector
+
+    model_class = require(sys.modules["bunny.train.train"], MODEL_TYPES[args.model_type][0], TESTED)
+    # a Bunny checkpoint's own tower would be loaded from disk
+    settings = {key: value for key, value in config.items() if key not in ("mm_vision_tower", "model_type", "architectures")}
+    model = model_class(model_class.config_class(**settings))
+    inner = model.get_model()
+    tower = vision_model(args.vision_tower, args.cache_dir)
+    model.config.mm_projector_type = args.mm_projector_type
+    scales = 3 if args.use_s2 else 1  # S2 lays the features of three resolutions side by side
+    model.config.mm_hidden_size = scales * (tower.config.hidden_size if tower is not None else SIGLIP_WIDTH)
+    inner.mm_projector = build_vision_projector(model.config)
+    if tower is not None:
+        inner.vision_tower = tower
+    return model
 
 
 def entry(script: str):

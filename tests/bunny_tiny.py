@@ -1,4 +1,4 @@
-"""Tiny random backbones, a SigLIP tower and fast tokenizers for each of Bunny's model types. Needs the real Bunny (see patches/bunny_shims.py)."""
+"""Tiny random backbones, a SigLIP tower and fast tokenizers for each of Bunny's model types. Needs the real Bunny."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from llava_region.tiny import WORDS, easy_vqa_folder, easy_vqa_records, text_rec
 
 LAYERS = 8
 TEXT_SIZE = 600
-# model type: (module of bunny.model.language_model and class prefix, config.json's model_type, conversation template, special tokens, extra config)
+# --model_type: (prefix of Bunny's classes, model_type in config.json, conversation template, special tokens, further config)
 GPT = {"eos": "<|endoftext|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"}
 MODEL_TYPES = {
     "llama3-8b": ("Llama", "llama", "llama", {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}, {"num_key_value_heads": 2}),
@@ -18,7 +18,8 @@ MODEL_TYPES = {
     "qwen1.5-1.8b": ("Qwen2", "qwen2", "bunny", {"eos": "<|endoftext|>", "pad": "<|endoftext|>"}, {"num_key_value_heads": 4}),
     "stablelm-2": ("StableLM", "stablelm_epoch", "bunny", {**GPT, "pad": "<|endoftext|>"}, {"num_key_value_heads": 4}),
     "minicpm": (
-        "MiniCPM", "minicpm", "minicpm", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, {"scale_emb": 12, "dim_model_base": 16, "scale_depth": 1.4},
+        "MiniCPM", "minicpm", "minicpm", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+        {"scale_emb": 12, "dim_model_base": 16, "scale_depth": 1.4},
     ),
 }  # fmt: skip
 WITH_BOS = ("llama3-8b", "minicpm")
@@ -108,18 +109,16 @@ def write_siglip(folder: Path) -> None:
     SiglipImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
 
 
-def train_arguments(files: BunnyFiles, output: Path, **flags) -> list[str]:
-    """The arguments of bunny/train/train.py for a short run on CPU; `flags` override, None removes one."""
+def bunny_flags(files: BunnyFiles, output: Path, **flags) -> list[str]:
+    """Flags of bunny/train/train.py for a short run on CPU; `flags` override or add, None removes."""
     arguments = {
         "model_name_or_path": files.backbone, "model_type": files.model_type, "version": files.version, "data_path": files.data,
         "image_folder": files.images, "vision_tower": files.vision_tower, "mm_projector_type": "mlp2x_gelu",
         "image_aspect_ratio": "pad", "output_dir": output, "max_steps": 2, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1, "evaluation_strategy": "no", "save_strategy": "no", "learning_rate": 2e-4,
+        "evaluation_strategy": "no", "save_strategy": "no", "learning_rate": 2e-4,
         "mm_projector_lr": 2e-5, "weight_decay": 0.0, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "logging_steps": 1,
         "model_max_length": 256, "gradient_checkpointing": True, "lazy_preprocess": True, "report_to": "none", "use_cpu": True,
-        "bf16": True, "dataloader_num_workers": 0, "seed": 0, **flags,
+        "disable_tqdm": True, **flags,
     }  # fmt: skip
     return [part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value))]
 
-
-LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16}
