@@ -201,7 +201,7 @@ def sweep(
     Raises:
         LlavaRegionError: bad input, before weights load.
     """
-    model_folder = Path(model_folder)
+    model_folder = locate(model_folder)
     own_base, backbone = check_bases(model_folder, base, lora_base, revert)
     regions = parse_sweep(revert, num_layers_of(settings_folder(model_folder))) if revert else []
     text_only = upstream_of(model_folder) is None
