@@ -6,8 +6,9 @@
 The checkpoint is a Llama of 7B's width (from 2 GB on) in bf16 with as many layers as fit, in 1 GB shards; the LoRA run has
 rank 128 on every linear module of a quarter of the layers. Each command runs in a process of its own; its peak is VmHWM of
 that process. `seconds` is the process from start to end, `work_seconds` without the start of Python and torch, which does
-not grow with the model. `cp -r` copies the folder that the command reads most of. Inputs are in the page cache as far as
-memory allows, and dirty pages are written out before each measurement. The self test of prune, which loads the model, is off.
+not grow with the model; on a machine that does other work too, compare CPU times. `cp -r` copies the folder that the
+command reads most of. Inputs are in the page cache as far as memory allows, and dirty pages are written out before each
+measurement. The self test of prune, which loads the model, is off.
 """
 
 from __future__ import annotations
@@ -112,36 +113,38 @@ def write_run(folder: Path, config: dict, base: Path) -> None:
     torch.save(state, folder / "non_lora_trainables.bin")
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds a process takes, and its stderr; dirty pages are written out before."""
+def timed(command: list[str]) -> tuple[float, float, str]:
+    """Seconds a process takes, of CPU time too, and its stderr; dirty pages are written out before."""
     os.sync()
-    start = time.perf_counter()
+    before, start = os.times(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     if done.returncode:
         sys.exit(f"{' '.join(command[:6])} failed: {done.stderr}")
-    return seconds, done.stderr
+    return seconds, cpu, done.stderr
 
 
 def measure(folder: Path, commands: dict[str, tuple[Path, list[str]]], repeat: int) -> dict[str, dict]:
     """Each command and `cp -r` of its input in turn, `repeat` times over."""
-    seen: dict[str, dict[str, list]] = {name: {"seconds": [], "work_seconds": [], "cp_seconds": [], "peak": []} for name in commands}
+    keys = ("seconds", "cpu_seconds", "work_seconds", "cp_seconds", "cp_cpu_seconds", "peak")
+    seen: dict[str, dict[str, list]] = {name: {key: [] for key in keys} for name in commands}
     out = folder / "out"
     for _ in range(repeat):
         for name, (source, arguments) in commands.items():
-            seconds, stderr = timed([sys.executable, "-c", RUN, name, *arguments, "--out", str(out)])
+            seconds, cpu, stderr = timed([sys.executable, "-c", RUN, name, *arguments, "--out", str(out)])
             shutil.rmtree(out)
-            seen[name]["cp_seconds"].append(timed(["cp", "-r", str(source), str(out)])[0])
+            cp_seconds, cp_cpu, _ = timed(["cp", "-r", str(source), str(out)])
             shutil.rmtree(out)
-            seen[name]["seconds"].append(seconds)
-            seen[name]["work_seconds"].append(float(stderr.split()[-2]))
-            seen[name]["peak"].append(int(stderr.split()[-1]))
+            work, peak = stderr.split()[-2:]
+            for key, value in zip(keys, (seconds, cpu, float(work), cp_seconds, cp_cpu, int(peak)), strict=True):
+                seen[name][key].append(value)
     return {name: summary(figures) for name, figures in seen.items()}
 
 
 def summary(figures: dict[str, list]) -> dict:
     """Medians of the times, how many times `cp -r` each is, and the largest peak."""
-    median = {key: statistics.median(figures[key]) for key in ("seconds", "work_seconds", "cp_seconds")}
+    median = {key: statistics.median(figures[key]) for key in figures if key != "peak"}
     ratios = {"ratio": median["seconds"] / median["cp_seconds"], "work_ratio": median["work_seconds"] / median["cp_seconds"]}
     return {**median, **ratios, "peak_bytes": max(figures["peak"]), "all": figures}
 
@@ -181,10 +184,11 @@ def main() -> None:
         return
     size, largest, limit = figures["checkpoint_bytes"] / 1e9, figures["largest_tensor_bytes"] / 1e6, figures["peak_limit_bytes"] / 1e6
     print(f"{size:.2f} GB in {figures['shards']} shards, largest tensor {largest:.0f} MB, so the limit is {limit:.0f} MB: {PEAK_LIMIT}")
-    print("median of    whole process    without start of torch      cp -r    peak")
+    print("median of    whole process    without start of torch      cp -r    CPU: whole  cp -r     peak")
     for name, row in figures["commands"].items():
         times = f"{row['seconds']:10.1f} s {row['ratio']:6.2f}x {row['work_seconds']:12.1f} s {row['work_ratio']:6.2f}x"
-        print(f"{name:7} {times} {row['cp_seconds']:8.1f} s {row['peak_bytes'] / 1e6:4.0f} MB")
+        cpu = f"{row['cpu_seconds']:8.1f} s {row['cp_cpu_seconds']:6.1f} s"
+        print(f"{name:7} {times} {row['cp_seconds']:8.1f} s {cpu} {row['peak_bytes'] / 1e6:5.0f} MB")
 
 
 if __name__ == "__main__":
