@@ -6,7 +6,6 @@ summed negative log-likelihood over the answers' tokens and EOS, divided by thei
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -241,6 +240,6 @@ def check_bases(model_folder: Path, base, lora_base, revert: str | None) -> tupl
     if not revert:
         return (locate(own) if own else None), None
     backbone = locate(base)
-    config = json.loads((settings_folder(model_folder) / "config.json").read_text())
+    config = read_json(settings_folder(model_folder) / "config.json")
     check_same_shape(config, read_json(backbone / "config.json"), (f"the model {model_folder}", f"the backbone {backbone}"))
     return (locate(own) if own else None), backbone
