@@ -1,4 +1,4 @@
-"""Remove decoder layers outside the visual region (section 6, Figure 3).
+"""Remove decoder layers outside the visual region (section 6, Figure 4).
 
 Once the visual region is trained, layers outside it with the smallest angular distance between input and output can go.
 """
