@@ -1,124 +1,20 @@
-"""Recomputing some decoder layers: what is measured, what is chosen, and that gradients are those of full recomputation."""
-
-import copy
-from types import SimpleNamespace
+"""Recomputing some decoder layers: what is chosen, and that gradients are those of full recomputation."""
 
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MptConfig,
-    MptForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
 
 from llava_region import activation_memory as memory
 from llava_region import checkpointing as ckpt
-from llava_region.activation_memory import KeptBytes, measure, parse_size, saved_peak
+from llava_region.activation_memory import saved_peak
 from llava_region.checkpointing import Activations, Plan, install, make_plan, set_up, uninstall
-from llava_region.decoder import find_decoder_layers, linear_modules
+from llava_region.decoder import find_decoder_layers
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 50}
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {**SHAPE, "num_key_value_heads": 2}),
-    "mistral": (MistralForCausalLM, MistralConfig, {**SHAPE, "num_key_value_heads": 2}),
-    "phi": (PhiForCausalLM, PhiConfig, {**SHAPE, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    "mpt": (MptForCausalLM, MptConfig, {"d_model": 32, "n_heads": 4, "n_layers": 6, "vocab_size": 50, "expansion_ratio": 2}),
-}
-
-
-def build(family="llama", region=(1, 4), *, lora=True, dropout=0.0, reentrant=True, projector_trains=True, attention=None):
-    """A model as upstream has it when training starts: LoRA or full tuning on the region, embeddings made to require grad."""
-    from peft import LoraConfig, get_peft_model
-
-    model_class, config_class, shape = FAMILIES[family]
-    torch.manual_seed(0)
-    config = config_class(**shape)
-    if attention:
-        config._attn_implementation = attention
-    model = model_class(config)
-    names = linear_modules(model, region)
-    layers = find_decoder_layers(model).modules
-    model.enable_input_require_grads()
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=names))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
-    else:
-        model.requires_grad_(False)
-        for layer in region:
-            layers[layer].requires_grad_(True)
-    if projector_trains:
-        model.get_input_embeddings().weight.requires_grad_(True)  # stands for the projector: something in front of the layers
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    return model.train()
-
-
-def batch(samples=2, length=24, vocab=50):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocab, (samples, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, -3:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def gradients(model, inputs=None) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    model(**(inputs or batch())).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def count_forwards(model) -> list[int]:
-    """Times each decoder layer is run, counted on from here."""
-    counts = [0] * len(find_decoder_layers(model).modules)
-    for index, layer in enumerate(find_decoder_layers(model).modules):
-        # before, not after: recomputation without reentrance stops at the last tensor it needs
-        layer.register_forward_pre_hook(lambda *_, i=index: counts.__setitem__(i, counts[i] + 1))
-    return counts
+from tests.region_models import FAMILIES, arguments, assert_equal, batch, build, count_forwards, gradients
 
 
 def plan_of(recompute, first=0) -> Plan:
     return Plan(tuple(recompute), "auto", "", 0, None, first)
-
-
-def arguments(policy="auto", limit=None, samples=2, length=24):
-    batch_of = {"per_device_train_batch_size": samples, "model_max_length": length}
-    return SimpleNamespace(
-        region_checkpointing=policy,
-        region_memory=limit,
-        gradient_checkpointing=True,
-        supervised_logits=False,
-        bf16=False,
-        fp16=False,
-        **batch_of,
-    )
-
-
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert not different
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("4096", 4096), (".5KB", 500)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "two GB", "2 GBit", "-1GB", "0", "1e9", "2GB 3MB", "nan"])
-def test_bad_sizes_are_refused(text):
-    with pytest.raises(LlavaRegionError, match="no memory size; allowed"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -141,68 +37,6 @@ def test_good_flags_are_accepted():
         ckpt.check_flags(policy, None, True)
     ckpt.check_flags("auto", None, False)
     ckpt.check_flags("auto", "2GB", True)
-
-
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("phi", "eager"), ("mpt", "eager")])
-def test_measured_bytes_are_what_a_longer_batch_keeps(family, attention, lora):
-    """One layer kept more than none: the difference in peak is what was measured on short sequences."""
-    model = build(family, region=(4,), lora=lora, dropout=0.1, attention=attention)
-    inputs = batch(samples=3, length=16 * 12 + 1)
-    for layer, kept in measure(model, (2, 4)).items():
-        peaks = []
-        for recompute in (range(6), [i for i in range(6) if i != layer]):
-            install(model, plan_of(recompute))
-            peaks.append(_forward_bytes(model, inputs))
-        assert kept.at(3, 16 * 12 + 1) == pytest.approx(peaks[1] - peaks[0], rel=1e-2)  # the rotary angles do not grow with the samples
-    assert measure(model, (4,))[4].per_token > measure(model, (2,))[2].per_token
-    assert (measure(model, (2,))[2].per_token_squared > 0) == (attention != "sdpa")
-
-
-def _forward_bytes(model, inputs) -> int:
-    """Bytes kept when the forward pass of the decoder layers ends."""
-    with saved_peak() as peak:
-        hidden = model.get_input_embeddings()(inputs["input_ids"])
-        output = memory.parent_of(model)(inputs_embeds=hidden, attention_mask=inputs["attention_mask"])
-        found = peak()
-    del output
-    return found
-
-
-def test_measuring_leaves_model_and_random_state_alone():
-    model = build(dropout=0.2)
-    model.get_input_embeddings().eval()
-    before, expected = torch.get_rng_state(), gradients(model)
-    state = copy.copy(memory.parent_of(model).__dict__)
-    torch.set_rng_state(before)
-    measure(model, (1, 2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert memory.parent_of(model).__dict__ == state
-    assert not model.get_input_embeddings().training
-    assert_equal(gradients(model), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora", [True, False])
-def test_a_sample_of_two_layers_keeps_what_the_model_keeps(family, lora):
-    from peft import LoraConfig
-
-    model = build(family, lora=lora, dropout=0.05)
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05) if lora else None
-    sample = memory.sample_model(memory.parent_of(model).config, FAMILIES[family][0], lora=config)
-    assert list(measure(sample, (0, 1)).values()) == list(measure(model, (2, 4)).values())
-
-
-def test_a_model_on_the_meta_device_is_planned_as_the_real_one():
-    model = build(region=(1, 4), dropout=0.05)
-    expected = ckpt.activations_of(model, arguments())
-    assert ckpt.activations_of(model.to("meta"), arguments()) == expected
-
-
-def test_fit_recovers_all_three_terms():
-    sizes = [1000 + 2 * length * (30 + 5 * length) for length in memory.LENGTHS]
-    assert KeptBytes.fit(sizes) == KeptBytes(1000, 30, 5)
-    assert KeptBytes.fit(sizes).at(4, 10) == 1000 + 40 * (30 + 50)
 
 
 KEPT = (10, 10, 40, 10, 40, 10)
@@ -402,18 +236,6 @@ def test_out_of_memory_names_the_flag(policy, hint):
         raise RuntimeError("another")
 
 
-def test_free_memory_on_cpu_minds_ranks_and_control_group(monkeypatch, tmp_path):
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert memory._group_memory(tmp_path) == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory._group_memory(tmp_path) == float("inf")
-    monkeypatch.setattr(memory, "_available_memory", lambda: 10_000)
-    monkeypatch.setattr(memory, "_group_memory", lambda: 8_000)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.free_memory(torch.device("cpu")) == 4_000
-
-
 def _rank(rank: int, folder: str) -> None:
     """One of two ranks, the second with less memory free."""
     store = f"file://{folder}/store"
@@ -433,3 +255,38 @@ def test_two_ranks_come_to_the_same_plan(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert first == second and not first.startswith("()")
+
+
+def dry_run(tiny, tmp_path, capsys, **flags) -> tuple[int, str, str]:
+    pytest.importorskip("llava.train.train")
+    from llava_region.train import main
+    from tests.training import llava_flags
+
+    code = main(["llava", *llava_flags(tiny, tmp_path / "run", **{"dry_run": True, **flags}), "--tune_layers", "2,6"])
+    return code, *capsys.readouterr()
+
+
+def test_dry_run_shows_what_each_policy_takes(tiny, tmp_path, capsys):
+    code, out, _ = dry_run(tiny, tmp_path, capsys, freeze_mm_mlp_adapter=True, region_memory="60MB")
+    assert code == 0
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line)
+    assert rows["activations"].startswith("largest batch, 4 x 512 tokens")
+    counts = [rows[policy].partition(", ")[2] for policy in ("all", "region", "none")]
+    assert counts == ["6 layers recomputed", "2 layers recomputed", "0 layers recomputed"]
+    assert "of 60 MB (--region_memory); layers below 2 run without autograd" in rows["auto"]
+
+
+def test_a_limit_that_cannot_be_met_is_refused_before_weights_load(tiny, tmp_path, capsys):
+    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB")
+    assert code == 2 and "error: --region_memory 1 MB is too little" in err
+    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB", dry_run=False)
+    assert code == 2 and "error: --region_memory 1 MB is too little" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_without_a_limit(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "all kept (--gradient_checkpointing False)" in dry_run(tiny, tmp_path, capsys, gradient_checkpointing=False)[1]
+    assert "what would fit on cpu here" in dry_run(tiny, tmp_path, capsys)[1]
+    assert "chosen when training starts by the GPU's free memory" in dry_run(tiny, tmp_path, capsys, use_cpu=None)[1]
+    assert dry_run(tiny, tmp_path, capsys, region_checkpointing="region")[1].splitlines()[-1].split() == ["chosen", "region"]
