@@ -109,6 +109,18 @@ def test_single_records_for_the_heat_map(eager, data, tiny, tmp_path):
     assert scores["image_attention"] == pytest.approx(mean.tolist(), abs=1e-12)
 
 
+def test_a_sample_whose_image_was_cut_off_counts_as_text(eager, data, tiny, tmp_path, monkeypatch):
+    samples, _ = read_samples([data], tiny.images)
+    starts = [(embed_inputs(eager, sample, None)[0] == -200).nonzero().flatten().tolist() for sample in samples]
+    last = max(range(len(starts)), key=lambda i: starts[i][0] if starts[i] else -1)
+    monkeypatch.setattr(eager.model.config, "tokenizer_model_max_length", starts[last][0])
+    scores, found = scores_of(eager, data, tiny, tmp_path, 3)
+    assert str(last) not in found.attention["0"] and len(found.attention["0"]) == 4
+    assert [found.sums.samples(name) for name in ACTIVATION_METRICS] == [7, 4, 7, 4]
+    mean = torch.tensor(list(found.attention["0"].values()), dtype=torch.float64).mean(0)
+    assert scores["image_attention"] == pytest.approx(mean.tolist(), abs=1e-12)
+
+
 def test_memory_does_not_grow_with_layers_or_samples(eager, data, tiny, tmp_path, monkeypatch):
     """Queries and keys of one layer are gone when those of the next arrive; what stays a sample are the rows of the heat map."""
     import weakref

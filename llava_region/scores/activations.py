@@ -69,9 +69,10 @@ def watch_layers(model: nn.Module, batch, metrics):
     mask, image = batch.attention_mask.bool(), batch.image_mask
     reduce_hidden = _hidden_reducer(seen, mask, image, metrics)
     reduce_attention = _attention_reducer(seen, mask, image)
+    attention = "image_attention" in metrics and bool((mask & image).any())
     with ExitStack() as hooks:
         for layer in find_decoder_layers(model).modules:
-            if "image_attention" in metrics and bool((mask & image).any()):
+            if attention:
                 hooks.enter_context(watch_attention(attention_of(layer), reduce_attention))
             hooks.callback(layer.register_forward_hook(reduce_hidden, with_kwargs=True).remove)
         yield seen

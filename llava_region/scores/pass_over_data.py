@@ -136,7 +136,7 @@ def _add_batch(loaded, plan: Plan, number: int, inputs: list, found: Progress) -
     if attention is None:
         return
     for sample, row in zip(plan.batches[number], attention, strict=True):
-        if sample.place < plan.instances and sample.images:
+        if sample.place < plan.instances and not row.isnan().any():  # no image, or the upstream's length limit cut it off
             found.attention.setdefault(str(sample.dataset), {})[str(sample.index)] = row.tolist()
 
 
