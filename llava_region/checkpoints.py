@@ -44,8 +44,9 @@ def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path 
     saved = Region.from_dict(record)
     if (saved.layers, saved.num_layers) != (region.layers, region.num_layers):
         raise LlavaRegionError(
-            f"{complete[-1] if complete else folder} was trained on layers {list(saved.layers)} of {saved.num_layers} ('{saved.spec}'), "
-            f"now '{region.spec}' asks for {list(region.layers)} of {region.num_layers}; give the same --tune_layers, or another --output_dir"
+            f"{complete[-1] if complete else folder} was trained on layers {list(saved.layers)} of {saved.num_layers} "
+            f"('{saved.spec}'), now '{region.spec}' asks for {list(region.layers)} of {region.num_layers}; "
+            "give the same --tune_layers, or another --output_dir"
         )
     if record.get("mode") and (record["mode"] == "full") == lora:
         raise LlavaRegionError(

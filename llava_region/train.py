@@ -83,6 +83,7 @@ def train(upstream, script: str, flags: list[str]) -> None:
     if "--tune_layers" not in own:
         raise LlavaRegionError(f"{own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
     from llava_region import preflight
+    from llava_region.gloo_order import wait_for_every_gather
 
     checked = preflight.check(upstream, module, flags)
     args = checked.args
@@ -91,8 +92,15 @@ def train(upstream, script: str, flags: list[str]) -> None:
 
         show(upstream, checked)
         return
+    if args.region_memory:
+        from llava_region.dry_run import check_region_memory
+
+        check_region_memory(upstream, checked)
+    import torch
     import transformers
 
+    if args.deepspeed and not torch.cuda.is_available():
+        wait_for_every_gather()
     # upstream seeds only when the trainer is built, after LoRA and projector were drawn: two runs would never be alike
     transformers.set_seed(args.seed)
     run = upstream.entry(script)

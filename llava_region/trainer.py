@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from llava_region import checkpointing, supervised_loss
 from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
@@ -44,6 +46,7 @@ class RegionTrainerMixin:
         self.epoch_order = EpochOrder()
         self.add_callback(self.meter)
         self.add_callback(self.epoch_order)
+        self.add_callback(NoStepTooMany)
         self.set_up = False
         self.audit: GradientAudit | None = None
         self.first_step_done = False
@@ -79,7 +82,9 @@ class RegionTrainerMixin:
         """Before the first step: recompute no more layers than the memory asks for, compute logits only where labels are."""
         self.set_up, said = True, []
         if self.args.gradient_checkpointing:
-            plan = checkpointing.set_up(model, self.run.region.layers, self.args, self.accelerator.autocast)
+            # measuring draws random numbers: dropout must go on as if it had not
+            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+                plan = checkpointing.set_up(model, self.run.region.layers, self.args, self.accelerator.autocast)
             said.append(plan.reason)
         if self.args.supervised_logits:
             kept = supervised_loss.install(model)
@@ -137,7 +142,28 @@ class RegionTrainerMixin:
                 folder = get_last_checkpoint(self.args.output_dir)
             self.meter.resume(folder)
             self.epoch_order.resume(folder)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if self.is_deepspeed_enabled and self.run.mode != "full":
+                self._load_trained_parameters_only()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except AllStepsDone:
+            return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _load_trained_parameters_only(self):
+        """Let DeepSpeed load a LoRA checkpoint, which holds only what trained.
+
+        transformers saves it so, but up to 4.37 loads it strictly, and fails over every frozen parameter.
+        """
+        prepare = self.accelerator.prepare
+
+        def prepare_lenient(*args, **kwargs):
+            prepared = prepare(*args, **kwargs)
+            for part in prepared if isinstance(prepared, tuple) else (prepared,):
+                if hasattr(part, "load_checkpoint"):
+                    part.load_checkpoint = functools.partial(part.load_checkpoint, load_module_strict=False)
+            return prepared
+
+        self.accelerator.prepare = prepare_lenient
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Restore the projector too; upstream restores the adapter alone. (DeepSpeed restores both from its own files.)"""
@@ -152,6 +178,18 @@ class RegionTrainerMixin:
         if self.state.global_step % steps_an_epoch == 0:
             # between two epochs the order is drawn after this, not before
             self.epoch_order.state = torch.random.get_rng_state()
+
+
+class AllStepsDone(Exception):
+    """The checkpoint that a run resumes from is that of its last step."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Ends a run that resumes from the checkpoint of its last step; transformers would train one more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if 0 < state.max_steps <= state.global_step:
+            raise AllStepsDone
 
 
 class EpochOrder(TrainerCallback):

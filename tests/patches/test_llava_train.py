@@ -118,6 +118,17 @@ def test_killed_and_resumed_ends_the_same(tiny, tmp_path, grouped):
     assert costs[0]["samples"] == costs[1]["samples"] and costs[0]["steps"] == costs[1]["steps"] == 32
 
 
+def test_finished_run_started_again_stays(lora, tiny, tmp_path):
+    """transformers alone would train one more step from the checkpoint of the last."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(lora[0], out)
+    assert run_here(tiny, out, save_strategy="steps", save_steps=1, **LORA) == 0
+    assert same(adapter(out), adapter(lora[0])) and same(projector(out), projector(lora[0]))
+    assert json.loads((out / "cost.json").read_text())["steps"] == 2
+
+
 def test_checkpoint_cut_off_is_dropped(lora, tiny, tmp_path):
     """Without its region.json, written last, checkpoint-2 counts as unfinished: the run resumes from checkpoint-1."""
     import shutil

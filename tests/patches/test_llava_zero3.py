@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from tests.training import LORA, adapter, environment, layers_of, llava_flags, p
 pytestmark = pytest.mark.slow
 
 # bf16: upstream casts the vision tower to half precision, which ZeRO-3 does not mix with fp32
-ZERO = {"use_cpu": None, "bf16": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+ZERO = {"use_cpu": None, "bf16": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
 
 
 def deepspeed(ranks: int, port: int) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def test_torchrun_saves_the_region_whole(whole):
         assert layers_of(adapter(folder)) == {1, 6} and len(projector(folder)) == 4 and (folder / "region.json").exists()
         assert all(tensor.numel() for tensor in projector(folder).values())
     cost = json.loads((out / "cost.json").read_text())
-    assert cost["gpus"] == 2 and cost["samples"] == 32 and cost["trainable_parameters"] == 22656
+    assert cost["gpus"] == 2 and cost["samples"] == 40 and cost["trainable_parameters"] == 22656
 
 
 def test_learning_rates(whole, pretrained):
@@ -72,9 +72,9 @@ def test_learning_rates(whole, pretrained):
     before = torch.load(pretrained, weights_only=True)
     after = {name.removeprefix("base_model.model."): tensor for name, tensor in projector(out).items()}
     moved = max((after[name].float() - before[name]).abs().max() for name in before if name.endswith("bias"))
-    assert 3 * 2e-5 < moved < 4.5 * 2e-5, "four steps at 2e-5"
+    assert 4 * 2e-5 < moved < 5.5 * 2e-5, "five steps at 2e-5"
     largest = max(tensor.abs().max() for name, tensor in adapter(out).items() if "lora_B" in name)
-    assert 3 * 2e-4 < largest < 4.5 * 2e-4, "four steps at 2e-4"
+    assert 4 * 2e-4 < largest < 5.5 * 2e-4, "five steps at 2e-4"
 
 
 def test_killed_and_resumed_ends_close(whole, tmp_path):
@@ -82,15 +82,14 @@ def test_killed_and_resumed_ends_close(whole, tmp_path):
     killed = tmp_path / "killed"
     flags = [str(killed) if flag == str(out) else flag for flag in flags] + ["--tune_layers", "1,6"]
     command = [*torchrun(2, 29632), "llava_region.train", "llava", *flags]
-    victim = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    victim = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 200
     while not (killed / "checkpoint-2" / "region.json").exists() and victim.poll() is None and time.time() < deadline:
         time.sleep(0.02)
-    os.killpg(victim.pid, signal.SIGKILL)
+    for process in [*psutil.Process(victim.pid).children(recursive=True), victim]:
+        process.send_signal(signal.SIGKILL)
     victim.wait()
     assert (killed / "checkpoint-2" / "region.json").exists() and not (killed / "cost.json").exists()
-    if (killed / "checkpoint-4").exists():
-        shutil.rmtree(killed / "checkpoint-4")
     resumed = train(flags, launcher=torchrun(2, 29633))
     assert resumed.returncode == 0, resumed.stderr[:6000]
     for read in (adapter, projector):

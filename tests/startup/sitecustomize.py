@@ -3,7 +3,7 @@
 import os
 
 if "RANK" in os.environ:
-    from tests.gloo_order import wait_for_every_gather
+    from llava_region.gloo_order import wait_for_every_gather
 
     wait_for_every_gather()
 
