@@ -139,6 +139,9 @@ def test_numbers_of_layers_and_tasks(driver, specs, tasks):
     assert regions(commands) == specs
     assert {option(words, "--task")[0] for words in of_kind(commands, "eval")} == ({tasks} if tasks else set())
     number = driver[-1]
+    full = ["bunny-llama3-8b", "llava-v1.5-7b", "llava-v1.5-13b"] if driver != "figure3" else []
+    trained = {Path(option(words, "--output_dir")[0]).name for words in of_kind(commands, "train")}
+    assert set(option(commands[-1], "--baseline")) == {f"{name}-lora-all" for name in full} & trained
     assert option(commands[-1], "--table" if driver.startswith("table") else "--figure") == [number]
 
 
@@ -151,6 +154,12 @@ def test_figure2_trains_on_nested_parts():
     assert data == [path for path in ("data/finetune/bunny_695k.json", *parts) for _ in SPARSE_32]
     assert len({flags_of(words)["--output_dir"] for words in of_kind(commands, "train")}) == 21
     assert "bunny-llama3-8b-lora-sparse-8-data-10pct=10" in option(commands[-1], "--data-scale")
+
+
+def test_figure3_reports_what_was_trained():
+    commands = listed("figure3")
+    trained = [flags_of(words)["--output_dir"] for words in of_kind(commands, "train")]
+    assert [word for word in commands[-1] if word.startswith("r/runs/")] == trained and len(trained) == 17
 
 
 def test_table4_asks_the_backbones_too():
@@ -169,6 +178,7 @@ def test_figure4_prunes_outside_the_region():
     assert not any("--protect" in words for words in region)  # the region is protected without being named
     for words, spec in zip(prunes, ["all"] * 4 + ["sparse-8"] * 4, strict=True):
         assert option(words, "--scores") == [f"r/scores/llava-v1.5-7b-lora-{spec}-angles.json"]
+        assert words[words.index("prune") + 1] == f"r/runs/llava-v1.5-7b-lora-{spec}"  # each anew from the whole model
     pruned = [words[words.index("eval") + 1] for words in of_kind(commands, "eval") if "--base" not in words]
     assert pruned == [option(words, "--out")[0] for words in prunes]
     assert len([word for word in commands[-1] if word.startswith("r/eval/")]) == 10

@@ -169,6 +169,7 @@ def test_regions_have_their_own_default_folders():
     specs = ["all", "sparse:8", "sparse:25%", "sparse:12.5%", "0,4,8-11", "runs/x/scores.json:block_influence:8"]
     names = [Path(flags_of(dry_run("llava_7b", TUNE_LAYERS=spec))["--output_dir"]).name for spec in specs]
     assert len(set(names)) == len(specs)
+    assert names[2] == "llava-v1.5-7b-lora-sparse-25pct" and names[-1] == "llava-v1.5-7b-lora-block_influence-8"
     assert not any(set(name) & set(" %:,/") for name in names)
 
 

@@ -28,6 +28,9 @@ NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
 VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
 export MODE PYTHON DRY_RUN NUM_GPUS
 
+reported=()  # folders for the report
+baselines=() # its --baseline flags, one a model
+
 REGION=("$PYTHON" -m llava_region)
 REGION_ON_ALL_GPUS=("${REGION[@]}")
 ((NUM_GPUS == 1)) || REGION_ON_ALL_GPUS=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" -m llava_region)
@@ -147,10 +150,11 @@ prune() {
     once "$run/config.json" "${REGION[@]}" prune "$from" --drop "$drop" --scores "$scores" "${@:2}" "${base_flags[@]}" --out "$run" "${words[@]}"
 }
 
-# SPEC: train that region and put the driver's benchmarks to it.
+# As train, and put the driver's benchmarks to the run. Percentages refer to the one that tunes all layers on all the data.
 train_and_evaluate() {
-    train "$1"
+    train "$@"
     evaluate "$TASKS" "$run" "${base_flags[@]}"
+    [[ $1 != all || -n ${2:-} ]] || baselines+=(--baseline "$(basename "$run")")
 }
 
 # TASKS FOLDER [FLAG...]: put benchmarks to a model; adds its folder under eval/ to `reported`.
@@ -182,7 +186,7 @@ report() {
     local out=$RESULTS/$1 made folder
     made=$out/$1.md
     [[ $1 != figure* ]] || made=$out/$1.png
-    local command=("${REGION[@]}" report "${reported[@]}" "${@:2}" --out "$out")
+    local command=("${REGION[@]}" report "${reported[@]}" "${@:2}" "${baselines[@]}" --out "$out")
     for folder in "${reported[@]}"; do
         if [[ $DRY_RUN != 1 && ($folder/results.json -nt $made || $folder/cost.json -nt $made) ]]; then
             run_step "$made" "${command[@]}"

@@ -16,9 +16,8 @@ for percent in ${PERCENTS:-100 25 10}; do
         once "$part" "${REGION[@]}" subset "$data" --fraction "$percent%" --seed 0 --out "$part"
     fi
     for spec in ${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}; do
-        train "$spec" "$suffix" "DATA=$part"
-        evaluate "$TASKS" "$run" "${base_flags[@]}"
+        train_and_evaluate "$spec" "$suffix" "DATA=$part"
         scales+=(--data-scale "$(basename "$run")=$percent")
     done
 done
-report figure2 --figure 2 --baseline "$name-$MODE-all" "${scales[@]}" --paper
+report figure2 --figure 2 "${scales[@]}" --paper

@@ -19,4 +19,4 @@ for spec in all "${SPEC:-sparse:8}"; do
         evaluate "$TASKS" "$run"
     done
 done
-report figure4 --figure 4 --baseline "$name-$MODE-all"
+report figure4 --figure 4

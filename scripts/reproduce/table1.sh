@@ -8,7 +8,6 @@ LAYERS=${LAYERS:-8}
 
 use_model bunny_llama3_8b
 train_and_evaluate all
-baseline=$(basename "$run")
 score_attention
 attention=$scores
 score_on_flickr influence block_influence,multimodal_block_influence
@@ -23,4 +22,4 @@ for metric in "$attention:image_attention" "$weights:parameter_change" "$influen
     "$influence:multimodal_block_influence" "$weights:angular_distance_weights"; do
     train_and_evaluate "$metric:$LAYERS"
 done
-report table1 --table 1 --baseline "$baseline" --paper
+report table1 --table 1 --paper

@@ -8,4 +8,4 @@ use_model bunny_llama3_8b
 for spec in ${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}; do
     train_and_evaluate "$spec"
 done
-report table2 --table 2 --baseline "$name-$MODE-all" --paper
+report table2 --table 2 --paper

@@ -7,13 +7,11 @@ TASKS=${TASKS:-$VISUAL_TASKS}
 LLAVA_7B_SPECS=${LLAVA_7B_SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}
 LLAVA_13B_SPECS=${LLAVA_13B_SPECS:-all sparse:10 sparse:9}
 
-baselines=()
 for model in ${MODELS:-llava_7b llava_13b}; do
     use_model "$model"
     specs=${model^^}_SPECS
     for spec in ${!specs}; do
         train_and_evaluate "$spec"
     done
-    baselines+=(--baseline "$name-$MODE-all")
 done
-report table3 --table 3 "${baselines[@]}" --paper
+report table3 --table 3 --paper

@@ -5,12 +5,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-mmlu,bbh}
 
-baselines=()
 for model in ${MODELS:-bunny_llama3_8b llava_7b}; do
     use_model "$model"
     train_and_evaluate all
     train_and_evaluate "${SPEC:-sparse:8}"
     evaluate "$TASKS" "$backbone" --template "$template"
-    baselines+=(--baseline "$name-$MODE-all")
 done
-report table4 --table 4 "${baselines[@]}" --paper
+report table4 --table 4 --paper
