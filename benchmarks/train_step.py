@@ -111,7 +111,12 @@ class Mode:
     def __init__(self, name: str, model, region: Region, shape: Shape, region_memory: str | None):
         self.name, self.model = name, model
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
-        batch = {"per_device_train_batch_size": shape.samples, "model_max_length": shape.length, "supervised_logits": name in OURS}
+        batch = {
+            "per_device_train_batch_size": shape.samples,
+            "model_max_length": shape.length,
+            "supervised_logits": name in OURS,
+            "fp16": False,
+        }
         self.arguments = SimpleNamespace(region_checkpointing=POLICY[name], region_memory=region_memory, **batch)
         self.region, self.plan = region, None
         self.seconds: list[float] = []

@@ -197,7 +197,7 @@ def activations_of(model: nn.Module, args, context=nullcontext) -> Activations:
         first=lowest_differentiated(model),
         mask=tokens * length * itemsize,
         # the final norm works in fp32; of the selected positions there are hidden states and gradients
-        head=tokens * width * (8 + 3 * itemsize) + logits_at_once(model, tokens, args.supervised_logits) * LOGIT_BYTES,
+        head=tokens * width * (8 + 3 * itemsize) + logits_at_once(model, tokens, args.supervised_logits and not args.fp16) * LOGIT_BYTES,
     )
 
 
@@ -227,7 +227,7 @@ def automatic_budget(model: nn.Module, activations: Activations, device: torch.d
     """Bytes of activations that fit on the device, the least over all ranks: what is free, less a margin, what the backward
     pass of a layer needs beside them, and gradients and optimizer states that are not yet there."""
     optimizer = 0
-    if not any(hasattr(p, "ds_id") or hasattr(p, "_hp_param") for p in model.parameters()):  # DeepSpeed has made its own by now
+    if not hasattr(model, "zero_optimization"):  # DeepSpeed's engine has made them by now
         optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * TRAINABLE_BYTES
     budget = int(free_memory(device) * (1 - MARGIN)) - optimizer - max(activations.kept)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -144,6 +144,8 @@ def _head(causal, head: nn.Module, upstream, batch: _Batch, hidden: torch.Tensor
 def _in_slices(head: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the loss's gradient may be taken in the forward pass: not of a head that trains itself, and not in fp16, where
     it would vanish before the loss is scaled up."""
+    if torch.is_autocast_enabled() and torch.get_autocast_gpu_dtype() == torch.float16:
+        return False
     return dtype != torch.float16 and not any(p.requires_grad for p in head.parameters())
 
 
@@ -177,7 +179,7 @@ def logits_at_once(model: nn.Module, tokens: int, supervised: bool) -> int:
     """Most logits that are in memory together for a batch of `tokens`, every position of which may have a label.
 
     Args:
-        supervised: whether this module's loss is asked for (`--supervised_logits`).
+        supervised: whether this module's loss is asked for (`--supervised_logits`), and not in fp16.
     """
     causal = causal_of(model)
     everything = tokens * causal.config.vocab_size
