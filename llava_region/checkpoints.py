@@ -107,13 +107,19 @@ def check_adapter(folder: str | Path, region: Region) -> int:
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise LlavaRegionError(f"{files[0]} holds empty tensors, such as {empty[0]}: the run was not saved; see the checkpoints")
+    diverged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if diverged:
+        raise LlavaRegionError(f"{files[0]} holds values that are not finite, such as in {diverged[0]}: training diverged; see the losses")
     layers = {layer_index(name) for name in tensors}
     if layers != set(region.layers):
         raise LlavaRegionError(f"{files[0]} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
     # LoRA's B starts at zero, so a layer whose B are all zero was not trained
     changed = {layer_index(name) for name, tensor in tensors.items() if ".lora_B." in name and bool((tensor != 0).any())}
     if changed != set(region.layers):
-        raise LlavaRegionError(f"layers {sorted(set(region.layers) - changed)} in {files[0]} were not changed by training")
+        raise LlavaRegionError(
+            f"layers {sorted(set(region.layers) - changed)} in {files[0]} were not changed by training; "
+            "was the learning rate 0 in every step, as in a run no longer than its warm-up?"
+        )
     return len(tensors)
 
 
