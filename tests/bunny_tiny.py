@@ -10,8 +10,10 @@ LAYERS = 8
 TEXT_SIZE = 600
 # --model_type: (prefix of Bunny's classes, model_type in config.json, conversation template, special tokens, further config)
 GPT = {"eos": "<|endoftext|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"}
+# as in Llama 3 Instruct, whose own end is not the 128001 that Bunny sets
+LLAMA3 = {"bos": "<|begin_of_text|>", "pad": "<|end_of_text|>", "eos": "<|eot_id|>"}
 MODEL_TYPES = {
-    "llama3-8b": ("Llama", "llama", "llama", {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}, {"num_key_value_heads": 2}),
+    "llama3-8b": ("Llama", "llama", "llama", LLAMA3, {"num_key_value_heads": 2}),
     "phi-3": ("Phi3", "phi3", "phi3", {"bos": "<s>", "eos": "<|endoftext|>", "unk": "<unk>"}, {"num_key_value_heads": 4}),
     "phi-2": ("Phi", "phi", "bunny", GPT, {"partial_rotary_factor": 0.5}),
     "phi-1.5": ("Phi", "phi", "bunny", GPT, {"partial_rotary_factor": 0.5}),
@@ -69,8 +71,8 @@ def write_tokenizer(folder: Path, model_type: str, special: dict):
         vocab.update({f"<unused_{i}>": i for i in range(len(vocab), 128000)})
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]))
     tokenizer.pre_tokenizer, tokenizer.decoder = trained.pre_tokenizer, decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in special.items()})
-    fast.add_special_tokens({"additional_special_tokens": tokens})
     if model_type in WITH_BOS:
         bos = special["bos"]
         pair = (bos, fast.convert_tokens_to_ids(bos))
@@ -121,4 +123,3 @@ def bunny_flags(files: BunnyFiles, output: Path, **flags) -> list[str]:
         "disable_tqdm": True, **flags,
     }  # fmt: skip
     return [part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value))]
-

@@ -97,6 +97,7 @@ def check_loading(out, files):
     assert {name.removesuffix(".weight") for name in changed} == linear_names(files, {1, 6})
 
     ours = models.load(out, base=files.backbone, dtype="float16")
+    assert ours.tokenizer.eos_token_id == tokenizer.eos_token_id
     with Image.open(files.images / "3.png") as image:
         pixels = ours.pixel_values(image.resize((70, 40)))
     ids, text = ours.input_ids(ours.prompt("What color is this?", 1)), ours.input_ids(ours.prompt("What is 1 plus 2?"))

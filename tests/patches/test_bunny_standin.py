@@ -24,7 +24,8 @@ from tests.training import LORA, adapter, environment, layers_of, projector, sam
 
 HERE = Path(__file__).parent
 LINEAR = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-SAVING = {"save_strategy": "steps", "save_steps": 1}
+# at a constant rate, since the only warm-up step of two has none
+SAVING = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 
 
 def child_environment():
@@ -70,7 +71,7 @@ def commands(files, folder) -> dict[str, list[str]]:
         "llama": flags("llama", model_type="llama3-8b", **LORA),
         "template": flags("template", version="v1", **LORA),
         "beyond": flags("beyond", tune_layers="8", **LORA),
-        "rates": flags("rates", max_steps=1, lr_scheduler_type="constant", warmup_ratio=0.0, save_strategy="steps", save_steps=1, **LORA),
+        "rates": flags("rates", max_steps=1, **SAVING, **LORA),
     }
 
 
