@@ -49,7 +49,7 @@ lint: $(VENV)/.ready
 
 test-bunny: $(BUNNY_VENV)/.ready
 	@test -f "$(BUNNY_ROOT)/bunny/train/train.py" || { echo "error: BUNNY_ROOT='$(BUNNY_ROOT)' is no checkout of Bunny; give one with make test-bunny BUNNY_ROOT=DIR" >&2; exit 2; }
-	BUNNY_ROOT=$(abspath $(BUNNY_ROOT)) PYTHONPATH=$(abspath $(BUNNY_ROOT)) $(BUNNY_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/patches -k bunny
+	BUNNY_ROOT=$(abspath $(BUNNY_ROOT)) PYTHONPATH=$(abspath $(BUNNY_ROOT)) $(BUNNY_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -k bunny
 
 clean:
 	rm -rf $(VENV) $(BUNNY_VENV) demo-output
