@@ -61,9 +61,9 @@ def train(spec: str, files, out: Path) -> dict:
 
 def show(costs: dict[str, dict]) -> None:
     """Print the comparison."""
-    table = Table(title=f"LoRA on a random LLaVA, {STEPS} steps on easy-vqa", box=box.SIMPLE)
-    for column in ("--tune_layers", "layers", "trainable", "s/step", "of all", "peak memory", "loss"):
-        table.add_column(column, justify="left" if column == "--tune_layers" else "right", no_wrap=True)
+    table = Table(title=f"LoRA on a random LLaVA, {STEPS} steps on easy-vqa", box=box.SIMPLE, padding=(0, 1))
+    for column in ("region", "layers", "trainable", "s/step", "of all", "peak memory", "loss"):
+        table.add_column(column, justify="left" if column == "region" else "right", no_wrap=True)
     base = costs["all"]["seconds_per_step"]
     for spec, cost in costs.items():
         table.add_row(
