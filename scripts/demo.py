@@ -62,14 +62,14 @@ def train(spec: str, files, out: Path) -> dict:
 def show(costs: dict[str, dict]) -> None:
     """Print the comparison."""
     table = Table(title=f"LoRA on a random LLaVA, {STEPS} steps on easy-vqa", box=box.SIMPLE, padding=(0, 1))
-    for column in ("region", "layers", "trainable", "s/step", "of all", "peak memory", "loss"):
+    for column in ("region", "layers", "trainable", "s/step", "of all", "memory", "loss"):
         table.add_column(column, justify="left" if column == "region" else "right", no_wrap=True)
     base = costs["all"]["seconds_per_step"]
     for spec, cost in costs.items():
         table.add_row(
             spec, f"{len(cost['layers'])}/{cost['num_layers']}", f"{cost['trainable_parameters']:,}", f"{cost['seconds_per_step']:.3f}",
             f"{cost['seconds_per_step'] / base:.0%}", f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB",
-            f"{cost['first_loss']:.2f} > {cost['last_loss']:.2f}",
+            f"{cost['first_loss']:.2f}→{cost['last_loss']:.2f}",
         )  # fmt: skip
     console.print(table)
 
