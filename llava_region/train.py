@@ -6,6 +6,7 @@ Picks the upstream, checks what can be checked before weights load, hooks its tr
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from importlib import import_module
@@ -85,6 +86,10 @@ def train(upstream, script: str, flags: list[str]) -> None:
     from llava_region import preflight
     from llava_region.gloo_order import wait_for_every_gather
 
+    if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
+        raise LlavaRegionError(
+            f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or '{upstream.NAME}' instead"
+        )
     checked = preflight.check(upstream, module, flags)
     args = checked.args
     if args.dry_run:

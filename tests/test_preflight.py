@@ -188,6 +188,21 @@ def test_upstream_is_named_or_found(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_missing_flash_attention(tiny, tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "flash_attn" else original(name, *a))
+    script = tmp_path / "llava" / "train" / "train_mem.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    try:
+        assert region_train.main([str(script), *llava_flags(tiny, tmp_path / "out", **LORA), "--tune_layers", "1,6"]) == 2
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "asks for flash attention, which is not installed" in capsys.readouterr().err
+
+
 def test_help_names_every_flag(capsys):
     assert region_train.main(["--help"]) == 0
     shown = capsys.readouterr().out
