@@ -144,6 +144,9 @@ class RegionTrainerMixin:
             self.epoch_order.resume(folder)
             if self.is_deepspeed_enabled and self.run.mode != "full":
                 self._load_trained_parameters_only()
+        if self.is_deepspeed_enabled:
+            # DeepSpeed accumulates by itself; its engine's no_sync, which accelerate would enter, refuses ZeRO and steps
+            self.accelerator.no_sync = lambda model: nullcontext()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except AllStepsDone:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 
-from tests.training import LORA, adapter, environment, layers_of, llava_flags, projector, torchrun, train, write_zero3
+from tests.training import LORA, ZERO3, adapter, environment, layers_of, llava_flags, projector, torchrun, train, write_zero3
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +108,17 @@ def test_deepspeed_launcher_and_full_tuning(tiny, options, tmp_path):
     base, saved = load_file(tiny.backbone / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in base if not torch.equal(base[name].bfloat16(), saved[name].bfloat16())}
     assert layers_of(changed) == {1, 6}
+
+
+def test_zero2_accumulates_gradients(tiny, tmp_path):
+    """accelerate would enter the engine's `no_sync` between micro batches, which DeepSpeed refuses."""
+    config = {**ZERO3, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000}}
+    (tmp_path / "zero2.json").write_text(json.dumps(config))
+    out = tmp_path / "run"
+    options = {**ZERO, **LORA, "deepspeed": tmp_path / "zero2.json", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    done = train([*llava_flags(tiny, out, **options), "--tune_layers", "1,6"], launcher=torchrun(2, 29635))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert layers_of(adapter(out)) == {1, 6} and len(projector(out / "checkpoint-4")) == 4
+    assert "learning rates: llm 0.0002, projector 2e-05" in done.stdout
+    cost = json.loads((out / "cost.json").read_text())
+    assert cost["steps"] == 5 and cost["samples"] == 2 * 2 * 3 * 5
