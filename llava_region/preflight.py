@@ -154,8 +154,9 @@ def check_deepspeed(args, config: dict) -> None:
         raise LlavaRegionError("--deepspeed needs deepspeed; install it with 'pip install deepspeed'")
     settings = read_json(path)
     zero = settings.get("zero_optimization", {})
-    if "optimizer" in settings and args.mm_projector_lr is not None:
-        raise LlavaRegionError(f"the 'optimizer' in {path} would ignore --mm_projector_lr; remove that entry, the flags set the optimizer")
+    ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
+    if ignoring and args.mm_projector_lr is not None:
+        raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore --mm_projector_lr; remove that entry, the flags set the rates")
     if zero.get("stage") != 3:
         return
     if args.bits != 16:

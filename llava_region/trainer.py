@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput
 
 from llava_region import checkpointing, supervised_loss
 from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
-from llava_region.checkpoints import EPOCH_RNG_FILE, NON_LORA_FILE, check_adapter, check_full, drop_incomplete, load_non_lora
+from llava_region.checkpoints import EPOCH_RNG_FILE, NON_LORA_FILE, check_adapter, check_full, check_resumable, drop_incomplete, load_non_lora
 from llava_region.cost import CostMeter, write_cost
 from llava_region.errors import LlavaRegionError
 from llava_region.run import RegionRun
@@ -40,6 +40,7 @@ class RegionTrainerMixin:
 
     def __init__(self, model=None, args=None, **kwargs):
         self.run.prepare_model(model, args)
+        check_resumable(args.output_dir, self.run.region, self.run.mode != "full")
         super().__init__(model=model, args=args, **kwargs)
         self.run.trainer = self
         self.meter = CostMeter()
@@ -50,6 +51,7 @@ class RegionTrainerMixin:
         self.set_up = False
         self.audit: GradientAudit | None = None
         self.first_step_done = False
+        self.accelerator.wait_for_everyone()  # every rank has looked at the checkpoints that are there
         if self.args.should_save:
             for path in drop_incomplete(self.args.output_dir):
                 print(f"removed {path}, which a killed run had not finished writing")

@@ -79,7 +79,10 @@ def test_deepspeed_config(refused, tmp_path):
     with_zero(stage3_prefetch_bucket_size="auto")
     assert "becomes a fraction for hidden size 64" in refused(deepspeed=path, bf16=True)
     path.write_text(json.dumps({**good, "optimizer": {"type": "AdamW"}}))
-    assert "would ignore --mm_projector_lr" in refused(deepspeed=path)
+    assert "'optimizer' in" in (line := refused(deepspeed=path)) and "would ignore --mm_projector_lr" in line
+    # DeepSpeed's schedulers give every parameter group the one rate
+    path.write_text(json.dumps({**good, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}))
+    assert "'scheduler' in" in (line := refused(deepspeed=path)) and "would ignore --mm_projector_lr" in line
     path.write_text("{")
     assert "not valid JSON" in refused(deepspeed=path)
     path.write_text(json.dumps(good))

@@ -292,3 +292,22 @@ def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
         llava.entry(name)()
     assert asked == [None, "flash_attention_2"]
     sys.path.remove(str(tmp_path))
+
+
+def test_library_resumes_and_removes_nothing_of_another_run(lora, tiny, tmp_path, monkeypatch):
+    """Without the command's preflight too: checkpoints of another region, or of upstream's own trainer, stay as they are."""
+    import shutil
+
+    import llava.train.train as upstream
+    from llava_region.patches import llava
+
+    out = tmp_path / "run"
+    shutil.copytree(lora[0], out)
+    monkeypatch.setattr(sys, "argv", ["train", *llava_flags(tiny, out, **LORA)])
+    with pytest.raises(LlavaRegionError, match=r"was trained on layers \[1, 6\]"), llava.applied("1,5"):
+        upstream.train()
+    for path in out.rglob("region.json"):
+        path.unlink()
+    with pytest.raises(LlavaRegionError, match=r"comes from a run without --tune_layers"), llava.applied("1,6"):
+        upstream.train()
+    assert (out / "checkpoint-2" / "adapter_model.safetensors").exists()
