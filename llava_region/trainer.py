@@ -12,7 +12,15 @@ from transformers.trainer_utils import TrainOutput
 
 from llava_region import checkpointing, supervised_loss
 from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
-from llava_region.checkpoints import EPOCH_RNG_FILE, NON_LORA_FILE, check_adapter, check_full, check_resumable, drop_incomplete, load_non_lora
+from llava_region.checkpoints import (
+    EPOCH_RNG_FILE,
+    NON_LORA_FILE,
+    check_adapter,
+    check_full,
+    check_resumable,
+    drop_incomplete,
+    load_non_lora,
+)
 from llava_region.cost import CostMeter, write_cost
 from llava_region.errors import LlavaRegionError
 from llava_region.run import RegionRun
