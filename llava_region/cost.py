@@ -25,7 +25,7 @@ class CostMeter(TrainerCallback):
     """
 
     def __init__(self):
-        self.before = {"hours": 0.0, "samples": 0.0, "tokens": 0.0, "steps": 0}
+        self.before = {"hours": 0.0, "gpu_hours": 0.0, "samples": 0.0, "tokens": 0.0, "seconds_per_step": None, "peak_memory_bytes": 0}
         self.step_seconds: list[float] = []
         self.samples = 0
         self.tokens: torch.Tensor | None = None
@@ -36,7 +36,7 @@ class CostMeter(TrainerCallback):
         path = Path(checkpoint) / COST_FILE
         if path.is_file():
             saved = read_json(path)
-            self.before = {key: saved.get(key, 0) for key in self.before}
+            self.before = {key: saved.get(key, empty) for key, empty in self.before.items()}
 
     def count(self, inputs: dict, patches: int) -> None:
         """Add one micro batch: `input_ids` (B, T) with one placeholder an image, `attention_mask` (B, T), `patches` tokens an image."""
@@ -69,22 +69,24 @@ class CostMeter(TrainerCallback):
         tokens = self.tokens if self.tokens is not None else 0
         sums = torch.stack([torch.as_tensor(float(self.samples), device=device), torch.as_tensor(tokens, device=device).float()])
         samples, tokens = reduce_sum(sums.double()).tolist()
-        hours = self.before["hours"] + (time.perf_counter() - self.started) / 3600 if self.started else self.before["hours"]
+        gpus = args.world_size * max(args.n_gpu, 1)  # one process has several under torch.nn.DataParallel
+        now = (time.perf_counter() - self.started) / 3600 if self.started else 0.0
+        hours = self.before["hours"] + now
         samples, tokens = samples + self.before["samples"], tokens + self.before["tokens"]
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         steady = self.step_seconds[1:] or self.step_seconds
         seconds = max(hours * 3600, 1e-9)
         return {
-            "gpus": args.world_size,
+            "gpus": gpus,
             "hours": hours,
-            "gpu_hours": hours * args.world_size,
+            "gpu_hours": self.before["gpu_hours"] + now * gpus,
             "steps": state.global_step,
-            "seconds_per_step": statistics.median(steady) if steady else None,
+            "seconds_per_step": statistics.median(steady) if steady else self.before["seconds_per_step"],
             "samples": samples,
             "tokens": tokens,
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": max(peak_memory(), self.before["peak_memory_bytes"]),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
