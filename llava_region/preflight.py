@@ -181,15 +181,18 @@ def check_generation_config(args) -> None:
     """
     import warnings
 
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
-    path = model_file(args, "generation_config.json")
-    if path is None or args.lora_enable or args.fix_generation_config:
+    if args.lora_enable or args.fix_generation_config:
         return
+    path = model_file(args, "generation_config.json") or model_file(args, "config.json")
+    settings = read_json(Path(path))
+    if Path(path).name == "config.json":  # transformers takes the settings from there
+        settings = GenerationConfig.from_model_config(PretrainedConfig.from_dict(settings)).to_dict()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            GenerationConfig(**read_json(Path(path))).validate()
+            GenerationConfig(**settings).validate()
             problem = str(caught[0].message) if caught else None
         except ValueError as e:
             problem = str(e)

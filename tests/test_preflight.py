@@ -95,6 +95,10 @@ def test_generation_config_that_cannot_be_saved(refused, tiny, tmp_path):
     (backbone / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
     line = refused(lora_enable=False, model_name_or_path=backbone)
     assert "generation_config.json" in line and "do_sample" in line and "--fix_generation_config" in line
+    (backbone / "generation_config.json").unlink()
+    config = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps({**config, "temperature": 0.9}))
+    assert "/config.json cannot be saved" in refused(lora_enable=False, model_name_or_path=backbone)
 
 
 def test_missing_deepspeed_and_bitsandbytes(refused, monkeypatch):
