@@ -29,7 +29,7 @@ def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path 
     """The checkpoint that a run in this folder will resume from, or None if it starts afresh.
 
     Raises:
-        LlavaRegionError: the folder's checkpoints are of another region or mode, or not of this trainer.
+        LlavaRegionError: the folder's checkpoints are of another region or mode, not of this trainer, or hold the model alone.
     """
     folder = Path(output_dir)
     found = checkpoints(folder)
@@ -51,6 +51,11 @@ def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path 
     if record.get("mode") and (record["mode"] == "full") == lora:
         raise LlavaRegionError(
             f"{folder} holds checkpoints of {record['mode']} tuning, now --lora_enable is {lora}; give the same, or another --output_dir"
+        )
+    if complete and not (complete[-1] / "scheduler.pt").is_file() and not any(complete[-1].glob("global_step*")):
+        raise LlavaRegionError(
+            f"{complete[-1]} holds no optimizer and scheduler (--save_only_model True), so its run would start again at the first "
+            "learning rate; give another --output_dir, or remove the checkpoints"
         )
     return complete[-1] if complete else None
 

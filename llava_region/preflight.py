@@ -87,6 +87,11 @@ def check_combination(args) -> None:
         raise LlavaRegionError(
             "--freeze_backbone True freezes the whole language model; leave it out, --tune_layers freezes what lies outside"
         )
+    for name in ("evaluation_strategy", "eval_strategy"):  # renamed in transformers 4.41
+        if getattr(args, name, None) not in (None, "no"):
+            raise LlavaRegionError(
+                f"--{name} {getattr(args, name)} fails when its turn comes, as upstream has no evaluation data; allowed: no"
+            )
     if args.lora_enable and args.lora_bias != "none":
         raise LlavaRegionError(f"--lora_bias {args.lora_bias} would train biases outside the region; allowed: none")
     if args.bits not in (4, 8, 16):

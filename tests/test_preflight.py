@@ -40,6 +40,7 @@ def test_flags(refused):
     assert "trains the projector alone" in refused(tune_mm_mlp_adapter=True)
     assert "freezes the whole language model" in refused(lora_enable=False, freeze_backbone=True)
     assert "allowed: none" in refused(lora_bias="all")
+    assert "upstream has no evaluation data" in refused(evaluation_strategy="steps")
     assert "allowed: 4, 8 or 16" in refused(bits=3)
     assert "add --lora_enable True" in refused(bits=4, lora_enable=False)
     assert "--vision_tower is missing" in refused(vision_tower=None)

@@ -140,6 +140,7 @@ def test_checkpoint_cut_off_is_dropped(lora, tiny, tmp_path):
     done = train([*llava_flags(tiny, out, save_strategy="steps", save_steps=1, **LORA), "--tune_layers", "1,6"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-2, which a killed run had not finished writing" in done.stdout
+    assert f"resuming from {out / 'checkpoint-1'}\n" in done.stdout
     assert same(adapter(out), adapter(lora[0])) and same(projector(out), projector(lora[0]))
 
 
@@ -148,6 +149,17 @@ def test_resume_with_another_region_is_refused(lora, tiny, capsys):
     assert "was trained on layers [1, 6] of 8" in capsys.readouterr().err
     assert run_here(tiny, lora[0]) == 2
     assert "lora tuning" in capsys.readouterr().err
+
+
+def test_resume_from_the_model_alone_is_refused(lora, tiny, tmp_path, capsys):
+    """It would go on silently, with the learning rate back at its start."""
+    import shutil
+
+    shutil.copytree(lora[0] / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "run" / "checkpoint-2" / name).unlink()
+    assert run_here(tiny, tmp_path / "run", **LORA) == 2
+    assert "holds no optimizer and scheduler" in capsys.readouterr().err
 
 
 def test_full_tuning_changes_the_region_and_the_projector_alone(tiny, tmp_path):
