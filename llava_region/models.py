@@ -226,7 +226,8 @@ def load(
         template: conversation template; default the model's own.
 
     Raises:
-        LlavaRegionError: not a model, an adapter without its base, an unknown template, weights missing or left over.
+        LlavaRegionError: not a model, an adapter without its base, an unknown template, a device that is not there, weights
+            missing or left over.
     """
     folder, base = locate(folder), locate(base) if base else None
     upstream = upstream_of(folder)
@@ -240,7 +241,7 @@ def load(
     if upstream:
         half.check(config, settings)
     Checkpoint(base or folder)  # damaged files, missing shards, and .bin files with code in them end here
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     options = {
         "dtype": _dtype(dtype, device, config), "device_map": None if device.type == "cpu" else {"": device},
         "attn_implementation": attn_implementation,
@@ -288,6 +289,17 @@ def _half(upstream: str | None, template: str | None) -> ModuleType:
         raise LlavaRegionError(f"{what} installed in this environment; see the README's section on installing")
     halves = [import_module(f"llava_region.patches.{name}_model") for name in found]
     return next((half for half in halves if template in half.templates()), halves[0])
+
+
+def _device(asked) -> torch.device:
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise LlavaRegionError(f"unknown device '{asked}'; give cpu, cuda, or one GPU such as cuda:1") from e
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise LlavaRegionError(f"there is no device '{asked}': torch sees {gpus} GPUs; give another, or cpu")
+    return device
 
 
 def _dtype(dtype, device: torch.device, config: dict) -> torch.dtype:

@@ -129,6 +129,10 @@ def test_refused_before_weights_load(lora_run, llava_checkpoint, tiny, tmp_path)
         load(llava_checkpoint, template="vicuna")
     with pytest.raises(LlavaRegionError, match="unknown dtype 'int4'"):
         load(llava_checkpoint, dtype="int4")
+    with pytest.raises(LlavaRegionError, match="unknown device 'gpu'; give cpu"):
+        load(llava_checkpoint, device="gpu")
+    with pytest.raises(LlavaRegionError, match=r"no device 'cuda:99': torch sees \d+ GPUs"):
+        load(llava_checkpoint, device="cuda:99")
     with pytest.raises(LlavaRegionError, match=r"holds no config\.json"):
         load(tmp_path)
 
