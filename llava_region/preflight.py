@@ -41,9 +41,9 @@ def check(upstream, module, flags: list[str]) -> Preflight:
     check_combination(args)
     config_file = model_file(args, "config.json")
     if config_file is None:
-        raise LlavaRegionError(
-            f"--model_name_or_path {args.model_name_or_path} holds no config.json; give the folder or hub name of a model"
-        )
+        name = args.model_name_or_path
+        lacks = "holds no config.json" if Path(name).is_dir() else "is no folder, and no model of that name is on the hub or in its cache"
+        raise LlavaRegionError(f"--model_name_or_path {name} {lacks}; give the folder or hub name of a model")
     config = read_json(Path(config_file))
     region = Region.parse(args.tune_layers, num_layers_of(config_file))
     upstream.check_arguments(args, config)

@@ -6,6 +6,7 @@ Picks the upstream, checks what can be checked before weights load, hooks its tr
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import sys
@@ -75,10 +76,12 @@ def train(upstream, script: str, flags: list[str]) -> None:
     """
     from llava_region.arguments import OWN_FLAGS
 
-    own = sorted({flag for flag in OWN_FLAGS for arg in flags if arg.split("=")[0].replace("-", "_") == flag.replace("-", "_")})
+    given = [arg.split("=")[0].replace("-", "_") for arg in flags]
+    own = sorted(flag for flag in OWN_FLAGS if flag.replace("-", "_") in given)
     module = upstream.train_module()
     sys.argv = [sys.argv[0], *flags]
     if not own:
+        refuse_misspelt(flags)
         upstream.entry(script)()
         return
     if "--tune_layers" not in own:
@@ -114,13 +117,28 @@ def train(upstream, script: str, flags: list[str]) -> None:
         run()
 
 
+def refuse_misspelt(flags: list[str]) -> None:
+    """Refuse `--tune_layer` and the like where no flag of ours is given: the upstream would answer with a traceback.
+
+    Raises:
+        LlavaRegionError: names the flag that was meant.
+    """
+    from llava_region.arguments import OWN_FLAGS
+
+    for flag in (arg.split("=")[0] for arg in flags if arg.startswith("--")):
+        meant = difflib.get_close_matches(flag, OWN_FLAGS, n=1, cutoff=0.9)
+        if meant:
+            raise LlavaRegionError(f"unrecognized argument: {flag}; did you mean {meant[0]}?")
+
+
 def show_help(upstream) -> int:
     """Print our own flags, and where the upstream's are."""
     import dataclasses
 
     from llava_region.arguments import RegionArguments
 
-    print(f"usage: {USAGE}\n\n{__doc__.strip()}\n\nflags beside the upstream's own:")
+    about = __doc__.split("\n\n", 1)[1].strip()  # without the usage line
+    print(f"usage: {USAGE}\n\n{about}\n\nflags beside the upstream's own:")
     for field in dataclasses.fields(RegionArguments):
         print(f"  --{field.name:<24} {field.metadata['help'].replace('%%', '%')}")
     if upstream is not None:

@@ -150,6 +150,8 @@ class RegionTrainerMixin:
                 from transformers.trainer_utils import get_last_checkpoint
 
                 folder = get_last_checkpoint(self.args.output_dir)
+            if self.is_world_process_zero():
+                print(f"resuming from {folder}", flush=True)
             self.meter.resume(folder)
             self.epoch_order.resume(folder)
             if self.is_deepspeed_enabled and self.run.mode != "full":

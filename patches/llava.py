@@ -106,11 +106,17 @@ def check_arguments(args, config: dict) -> None:
     """Refuse what LLaVA alone would only find out later.
 
     Raises:
-        LlavaRegionError: no vision tower, so that upstream would train a text-only model.
+        LlavaRegionError: no vision tower, so that upstream would train a text-only model; an unknown conversation template.
     """
     if not args.vision_tower:
         raise LlavaRegionError(
             "--vision_tower is missing, without which LLaVA trains a text-only model; give openai/clip-vit-large-patch14-336"
+        )
+    templates = sys.modules["llava.train.train"].conversation_lib.conv_templates
+    if args.version not in templates and args.version != "v0.5":  # which LLaVA knows beside them
+        raise LlavaRegionError(
+            f"--version {args.version} is no conversation template, and LLaVA would take vicuna_v1 without a word; "
+            f"allowed: {', '.join(templates)}, v0.5"
         )
 
 

@@ -35,6 +35,7 @@ def refused(tiny, tmp_path, capsys, monkeypatch):
 
 def test_flags(refused):
     assert "unrecognized arguments: --tune_layer" in refused(own=("--tune_layers", "1", "--tune_layer", "2"))
+    assert "did you mean --tune_layers?" in refused(own=("--tune_layer", "1"))
     assert "choose from 'sample', 'all', 'none'" in refused(check_images="some")
     assert "needs --tune_layers" in refused(own=("--dry_run", "True"))
     assert "trains the projector alone" in refused(tune_mm_mlp_adapter=True)
@@ -44,12 +45,13 @@ def test_flags(refused):
     assert "allowed: 4, 8 or 16" in refused(bits=3)
     assert "add --lora_enable True" in refused(bits=4, lora_enable=False)
     assert "--vision_tower is missing" in refused(vision_tower=None)
+    assert "--version vicuna is no conversation template" in refused(version="vicuna")
     assert "invalid float value" in refused(learning_rate="fast")
 
 
 def test_missing_files(refused, tmp_path):
     assert "holds no config.json" in refused(model_name_or_path=tmp_path)
-    assert "holds no config.json" in refused(model_name_or_path="someone/nothing")
+    assert "is no folder, and no model of that name" in refused(model_name_or_path="someone/nothing")
     assert "--vision_tower" in refused(vision_tower=tmp_path / "tower")
     assert "mm_projector.bin of the pretraining" in refused(pretrain_mm_mlp_adapter=tmp_path / "p.bin")
     assert "cannot read" in refused(data_path=tmp_path / "data.json")
