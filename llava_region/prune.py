@@ -91,10 +91,9 @@ def layers_to_drop(model: ModelFolder, *, drop=None, scores=None, layers=None, p
     outside = [i for i in range(count) if i not in kept]
     most = min(len(outside), count - 1)
     if not 1 <= drop <= most:
+        allowed = f"; allowed: 1 to {most}" if most else ""
         hint = "; --protect none frees the region too" if protect is None else ""
-        raise LlavaRegionError(
-            f"cannot drop {drop} layers: {len(outside)} of {count} lie outside the protected ones; allowed: 1 to {most}{hint}"
-        )
+        raise LlavaRegionError(f"cannot drop {drop} layers: {len(outside)} of {count} lie outside the protected ones{allowed}{hint}")
     values = read_scores(scores, "angular_distance", count)
     return tuple(sorted(sorted(outside, key=lambda i: (values[i], i))[:drop]))
 

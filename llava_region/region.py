@@ -253,10 +253,10 @@ def _from_scores(cls, spec: str, num_layers: int) -> Region:
     if len(parts) < 3:
         raise LlavaRegionError(f"'{spec}' is incomplete; allowed: 'FILE.json:METRIC:8' or 'FILE.json:METRIC:8:spread'")
     path, metric = Path(":".join(parts[:-2])), parts[-2].strip()
+    count = parse_count(parts[-1], num_layers, spec)
     if not path.is_file():
         raise LlavaRegionError(f"there is no scores file {path} (from '{spec}'); write one with 'llava-region score'")
     values = read_scores(path, metric, num_layers)
-    count = parse_count(parts[-1], num_layers, spec)
     blocks = [range(i * num_layers // count, (i + 1) * num_layers // count) for i in range(count)]
     ranked = sorted(range(num_layers), key=lambda layer: (-values[layer], layer))
     best = [min(block, key=ranked.index) for block in blocks] if spread else ranked[:count]

@@ -177,6 +177,7 @@ def test_a_model_without_a_region_counts_as_tuned_in_all_layers(llava_checkpoint
         ({"drop": 7, "scores": 1}, r"cannot drop 7 layers: 6 of 8 lie outside.*--protect none"),
         ({"drop": 8, "scores": 1, "protect": "none"}, "allowed: 1 to 7"),
         ({"drop": 0, "scores": 1}, "cannot drop 0 layers"),
+        ({"drop": 1, "scores": 1, "protect": "all"}, "0 of 8 lie outside the protected ones$"),
         ({"drop": 1}, "needs --scores"),
         ({}, "say what to drop"),
         ({"drop": 1, "layers": "1"}, "say what to drop"),

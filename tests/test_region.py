@@ -88,6 +88,7 @@ def test_scores_spread_takes_the_best_of_each_block(tmp_path):
         ("bi:2", [1.0] * 7 + [float("nan")], "finite"),
         ("bi:9", [1.0] * 8, "allowed: 1 to 8"),
         ("bi", [1.0] * 8, "incomplete"),
+        ("bi:2:spred", [1.0] * 8, "'spred' in .* is no layer count"),
     ],
 )
 def test_bad_scores(tmp_path, spec, values, message):
