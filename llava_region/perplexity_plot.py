@@ -48,7 +48,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     files = list(dict.fromkeys(row["data"] for row in rows))
     sets = list(dict.fromkeys(tuple(row["reverted"]) for row in rows))
-    figure = Figure(figsize=(2 + 0.7 * len(files) * (len(sets) + 1), 4), layout="constrained")
+    figure = Figure(figsize=(3.5 + 0.7 * len(files) * (len(sets) + 1), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(sets)
     for row, rise in zip(rows, rises(rows), strict=True):
@@ -66,7 +66,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.set_ylim(bottom=1)  # no perplexity is lower
     axes.set_xticks(range(len(files)), [Path(name).stem for name in files])
     axes.set_ylabel("perplexity of answers (log scale)")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)  # inside it would lie on the bars
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
