@@ -28,6 +28,7 @@ output() { # FLAG
     done
 }
 case " $* " in
+    *" check "*) exit ;;
     *" llava_region.train "*) out=$(output --output_dir)/cost.json text='{}' ;;
     *" llava_region eval "*)
         out=$(output --out)/results.json
@@ -258,6 +259,22 @@ def test_report_is_made_anew_from_a_younger_evaluation(fake, tmp_path):
 def test_step_without_its_output_is_an_error(tmp_path):
     done = run_script(REPRODUCE / "table2.sh", PYTHON="true", RESULTS=tmp_path, NUM_GPUS=1, LAUNCHER="python")
     assert done.returncode == 2 and "ended without" in done.stderr
+
+
+def test_missing_inputs_cost_no_training(tmp_path):
+    from tests.data_roots import write_scienceqa
+
+    def refused(driver, **settings):
+        settings = {"PYTHON": sys.executable, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "EVAL_DATA": tmp_path, **settings}
+        done = run_script(REPRODUCE / f"{driver}.sh", **settings)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "results").exists()
+        return done.stderr
+
+    assert "unknown task 'gqqa'" in refused("table3", TASKS="gqqa")
+    assert "lacks mmlu/dev/" in refused("table4")
+    write_scienceqa(tmp_path)
+    assert "flickr holds no images" in refused("figure4", TASKS="scienceqa", FLICKR_IMAGES=tmp_path / "flickr")
 
 
 def test_training_can_be_submitted(fake, tmp_path):

@@ -100,6 +100,15 @@ use_model() {
     [[ $MODE != full ]] || base_flags=() # what full tuning leaves is whole
 }
 
+# What later steps read has to be there before the first training: a wrong EVAL_DATA should not cost a night.
+check_inputs() {
+    [[ -n ${TASKS:-} && ! -v inputs_checked ]] || return 0
+    inputs_checked=1
+    local images=()
+    [[ ! -v NEEDS_FLICKR ]] || images=(--images "$FLICKR_IMAGES")
+    "$PYTHON" "$SCRIPTS/reproduce/score_data.py" check "$TASKS" --data-root "$EVAL_DATA" "${images[@]}"
+}
+
 # SPEC [SUFFIX [SETTING=VALUE...]]: train that region; sets `run` to the run's folder.
 train() {
     local spec=$1 suffix=${2:-}
@@ -112,6 +121,7 @@ train() {
     fi
     local flags=("${words[@]}")
     words_of "${TRAIN_WITH:-}"
+    [[ -e $run/cost.json ]] || check_inputs
     # cost.json is the last file of a run; with less than that, the launcher goes on from the last checkpoint
     once "$run/cost.json" "${launcher[@]}" "${words[@]}" "$SCRIPTS/train/$model.sh" "${flags[@]}"
 }

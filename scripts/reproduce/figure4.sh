@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-ocrvqa,textvqa,docvqa,scienceqa}
+NEEDS_FLICKR=1
 
 use_model llava_7b
 for spec in all "${SPEC:-sparse:8}"; do

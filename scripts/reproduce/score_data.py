@@ -1,7 +1,8 @@
-"""Data files for `llava-region score`, as the paper scores (appendix A), from what is on disk already.
+"""What the drivers read: data files for `llava-region score`, as the paper scores (appendix A), from what is on disk already.
 
 python score_data.py images FOLDER --out FILE                    every image's name, to ask one prompt of (Flickr30k)
 python score_data.py task NAME --data-root DIR --out FILE        a benchmark's questions, without answers, for image attention
+python score_data.py check TASKS --data-root DIR [--images FOLDER]   nothing is written: are the benchmarks' files there, and images?
 """
 
 import argparse
@@ -44,12 +45,20 @@ def questions(task: str, data_root: Path) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("images", "task"))
-    parser.add_argument("source", help="image folder, or the task's name")
+    parser.add_argument("kind", choices=("images", "task", "check"))
+    parser.add_argument("source", help="image folder, the task's name, or names with commas between")
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.kind != "check" and not args.out:
+        parser.error("--out is missing")
     try:
+        if args.kind == "check":
+            tasks.check(tasks.parse_names(args.source), args.data_root)
+            if args.images:
+                image_names(args.images)
+            return 0
         data = image_names(Path(args.source)) if args.kind == "images" else questions(args.source, args.data_root)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, data)

@@ -4,6 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-$VISUAL_TASKS}
+NEEDS_FLICKR=1
 LAYERS=${LAYERS:-8}
 
 use_model bunny_llama3_8b
