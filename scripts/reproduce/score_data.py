@@ -51,8 +51,9 @@ def main() -> int:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.kind != "check" and not args.out:
-        parser.error("--out is missing")
+    for kinds, option in ((("images", "task"), "out"), (("task", "check"), "data_root")):
+        if args.kind in kinds and not getattr(args, option):
+            parser.error(f"{args.kind} needs --{option.replace('_', '-')}")
     try:
         if args.kind == "check":
             tasks.check(tasks.parse_names(args.source), args.data_root)
