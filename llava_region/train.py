@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
             return show_help(upstream)
         train(upstream, script, flags)
     except LlavaRegionError as e:
-        if os.environ.get("RANK", "0") == "0" or not str(e):
+        # once a node: what is wrong may be wrong on one node alone
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
         return 2
     return 0
@@ -98,7 +99,8 @@ def train(upstream, script: str, flags: list[str]) -> None:
     if args.dry_run:
         from llava_region.dry_run import show
 
-        show(upstream, checked)
+        if os.environ.get("RANK", "0") == "0":
+            show(upstream, checked)
         return
     if args.region_memory:
         from llava_region.dry_run import check_region_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from llava_region import checkpointing, supervised_loss
 from llava_region.audit import GradientAudit, check_rates, name_and_drop_groups
@@ -144,12 +144,11 @@ class RegionTrainerMixin:
         self._rotation = {"use_mtime": use_mtime, "output_dir": output_dir}
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint is True:
+            # None where upstream's glob found only the likes of `checkpoint-best`
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
-            if folder is True:
-                from transformers.trainer_utils import get_last_checkpoint
-
-                folder = get_last_checkpoint(self.args.output_dir)
             if self.is_world_process_zero():
                 print(f"resuming from {folder}", flush=True)
             self.meter.resume(folder)

@@ -213,6 +213,17 @@ def test_missing_flash_attention(tiny, tmp_path, capsys, monkeypatch):
     assert "asks for flash attention, which is not installed" in capsys.readouterr().err
 
 
+def test_one_error_a_node_and_one_dry_run(tiny, tmp_path, capsys, monkeypatch):
+    flags = ["llava", *llava_flags(tiny, tmp_path / "out", **LORA), "--tune_layers"]
+    for rank, local_rank, lines in (("0", "0", 1), ("1", "1", 0), ("8", "0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert region_train.main([*flags, "9"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+        assert region_train.main([*flags, "1", "--dry_run", "True"]) == 0
+        assert ("trains in all" in capsys.readouterr().out) == (rank == "0")
+
+
 def test_help_names_every_flag(capsys):
     assert region_train.main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -151,6 +151,12 @@ def test_resume_with_another_region_is_refused(lora, tiny, capsys):
     assert "lora tuning" in capsys.readouterr().err
 
 
+def test_a_folder_like_a_checkpoint_is_not_resumed(tiny, tmp_path):
+    (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
+    assert run_here(tiny, tmp_path / "run", max_steps=1, **LORA) == 0
+    assert (tmp_path / "run" / "cost.json").exists() and (tmp_path / "run" / "checkpoint-best").exists()
+
+
 def test_resume_from_the_model_alone_is_refused(lora, tiny, tmp_path, capsys):
     """It would go on silently, with the learning rate back at its start."""
     import shutil
