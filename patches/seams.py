@@ -23,7 +23,7 @@ def import_upstream(name: str, title: str, mend: str) -> ModuleType:
     """
     try:
         return import_module(name)
-    except ImportError as e:
+    except Exception as e:  # transformers' lazy modules raise RuntimeError, clashing model types ValueError
         raise UnsupportedUpstream(f"cannot import {name} of {title}: {e}; {mend}") from e
 
 

@@ -224,6 +224,17 @@ def test_one_error_a_node_and_one_dry_run(tiny, tmp_path, capsys, monkeypatch):
         assert ("trains in all" in capsys.readouterr().out) == (rank == "0")
 
 
+def test_upstream_that_breaks_while_importing(tmp_path, monkeypatch):
+    """transformers' lazy modules raise RuntimeError where a version does not fit."""
+    from llava_region import UnsupportedUpstream
+    from llava_region.patches.seams import import_upstream
+
+    (tmp_path / "broken_upstream.py").write_text("raise RuntimeError('Failed to import transformers.models.llama')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnsupportedUpstream, match=r"cannot import broken_upstream of LLaVA: Failed to import .*; mend it"):
+        import_upstream("broken_upstream", "LLaVA", "mend it")
+
+
 def test_help_names_every_flag(capsys):
     assert region_train.main(["--help"]) == 0
     shown = capsys.readouterr().out
