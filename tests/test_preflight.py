@@ -226,8 +226,9 @@ def test_one_error_a_node_and_one_dry_run(tiny, tmp_path, capsys, monkeypatch):
 
 def test_upstream_that_breaks_while_importing(tmp_path, monkeypatch):
     """transformers' lazy modules raise RuntimeError where a version does not fit."""
-    from llava_region import UnsupportedUpstream
     from llava_region.patches.seams import import_upstream
+
+    from llava_region import UnsupportedUpstream
 
     (tmp_path / "broken_upstream.py").write_text("raise RuntimeError('Failed to import transformers.models.llama')")
     monkeypatch.syspath_prepend(tmp_path)
