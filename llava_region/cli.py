@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from pkgutil import iter_modules
@@ -32,7 +33,9 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 for _module in iter_modules(commands.__path__):
-    app.command(_module.name)(import_module(f"llava_region.commands.{_module.name}").command)
+    _command = import_module(f"llava_region.commands.{_module.name}").command
+    # in the list of commands the first clause, which fits a line there
+    app.command(_module.name, short_help=re.split("[,;.]", _command.__doc__)[0])(_command)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -156,7 +156,7 @@ def num_layers_of(model: str | Path) -> int:
     if not path.is_file():
         raise LlavaRegionError(f"{model} holds no config.json; give the folder of a model")
     config = read_json(path)
-    config = config.get("text_config") or config
+    config = (config.get("text_config") or config) if isinstance(config, dict) else {}
     for key in ("num_hidden_layers", "n_layers", "n_layer"):
         if isinstance(config.get(key), int):
             return config[key]

@@ -1,6 +1,7 @@
 """Who may import whom: only `patches/` touches an upstream, and the command line starts without torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,9 @@ def test_command_line_starts_without_torch():
     code = (
         "import sys, llava_region.cli; llava_region.cli.main(['--help']); print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "80"})
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+    assert "..." not in done.stdout.split("Commands:")[1] and "\n  revert      Put decoder layers back to the backbone's weights\n" in done.stdout
 
 
 def test_layers_command(tmp_path):

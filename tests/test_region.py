@@ -101,6 +101,9 @@ def test_layer_counts_of_configs(tmp_path):
     for config, count in (({"num_hidden_layers": 5}, 5), ({"n_layers": 7}, 7), ({"text_config": {"num_hidden_layers": 9}}, 9)):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert num_layers_of(tmp_path) == count
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(LlavaRegionError, match="names no 'num_hidden_layers'"):
+        num_layers_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(LlavaRegionError, match="not valid JSON"):
         num_layers_of(tmp_path)

@@ -13,7 +13,7 @@ def command(
     force: bool = typer.Option(False, "--force", help="Replace --out if it is there."),
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "run", "base", "layers", "merged", "copied", "bytes", "remarks"}.'),
 ):
-    """Merge a LoRA run into a full model that upstream loads without a base; never holds the model in memory."""
+    """Merge a LoRA run into a full model, which upstream loads without a base; never holds the model in memory."""
     from llava_region.merge import merge
 
     report = merge(run, out, base, force=force)

@@ -29,7 +29,7 @@ def command(
     ),
     as_json: bool = typer.Option(False, "--json", help='Print {"tables", "figures", "files"}, unrounded.'),
 ):
-    """Print or write the paper's Tables 1 to 4 and Figures 2 to 4 for your own runs.
+    """Make the paper's Tables 1-4 and Figures 2-4 for your own runs.
 
     A run with a task missing, cut short or not fully answered is shown as incomplete and never averaged.
     """
