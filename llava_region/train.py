@@ -90,10 +90,6 @@ def train(upstream, script: str, flags: list[str]) -> None:
     from llava_region import preflight
     from llava_region.gloo_order import wait_for_every_gather
 
-    if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
-        raise LlavaRegionError(
-            f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or '{upstream.NAME}' instead"
-        )
     checked = preflight.check(upstream, module, flags)
     args = checked.args
     if args.dry_run:
@@ -102,6 +98,10 @@ def train(upstream, script: str, flags: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             show(upstream, checked)
         return
+    if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
+        raise LlavaRegionError(
+            f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or '{upstream.NAME}' instead"
+        )
     if args.region_memory:
         from llava_region.dry_run import check_region_memory
 
