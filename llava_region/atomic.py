@@ -63,10 +63,13 @@ def output_folder(path: str | Path, force: bool = False):
     Yields the temporary folder, `.NAME.partial` beside the final one; what an earlier killed run left there is removed.
 
     Raises:
-        LlavaRegionError: `path` exists and is not an empty folder, and `force` is not set; or its parent is not writable.
+        LlavaRegionError: `path` exists and is not an empty folder, and `force` is not set; or it is a file, or its parent is
+            not writable.
     """
     final = Path(path)
     refuse_existing(final, force)
+    if final.exists() and not final.is_dir():
+        raise LlavaRegionError(f"{final} is a file; give a folder")
     temporary = final.parent / f".{final.name}.partial"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
