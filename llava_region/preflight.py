@@ -13,6 +13,7 @@ from llava_region.checkpointing import check_flags
 from llava_region.checkpoints import check_resumable
 from llava_region.data_check import check_data
 from llava_region.errors import LlavaRegionError
+from llava_region.patches.seams import argument_classes
 from llava_region.region import Region, num_layers_of, read_json
 
 
@@ -36,7 +37,7 @@ def check(upstream, module, flags: list[str]) -> Preflight:
     Raises:
         LlavaRegionError: the first thing that is wrong.
     """
-    args = parse(upstream.argument_classes(module), flags)
+    args = parse(argument_classes(module), flags)
     check_flags(args.region_checkpointing, args.region_memory, args.gradient_checkpointing)
     check_combination(args)
     config_file = model_file(args, "config.json")

@@ -146,8 +146,10 @@ def show_help(upstream) -> int:
     if upstream is not None:
         import transformers
 
+        from llava_region.patches.seams import argument_classes
+
         print(f"\n{upstream.TITLE}'s flags:")
-        transformers.HfArgumentParser(upstream.argument_classes(upstream.train_module())[:2]).print_help()
+        transformers.HfArgumentParser(argument_classes(upstream.train_module())[:2]).print_help()
     return 0
 
 

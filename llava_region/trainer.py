@@ -120,10 +120,14 @@ class RegionTrainerMixin:
         torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()))
         return tensor
 
+    def cost_totals(self) -> dict:
+        """What the run has cost so far, over all ranks. Collective: every rank has to call it."""
+        return self.meter.totals(self.args, self.state, lambda t: self._over_ranks(t, "sum"))
+
     def _save_checkpoint(self, model, trial, metrics=None):
         """Save as upstream, then add what upstream leaves out; older checkpoints are removed only after that."""
         extra = self.run.non_lora_state(self.model.named_parameters()) if self.run.mode != "full" else None
-        totals = self.meter.totals(self.args, self.state, lambda t: self._over_ranks(t, "sum"))
+        totals = self.cost_totals()
         self._rotation = None
         super()._save_checkpoint(model, trial, metrics)
         self.accelerator.wait_for_everyone()  # all ranks have written their part
@@ -254,7 +258,7 @@ def finish(run: RegionRun) -> None:
     trainer = run.trainer
     if trainer is None or not trainer.meter.started:
         return
-    totals = trainer.meter.totals(trainer.args, trainer.state, lambda t: trainer._over_ranks(t, "sum"))
+    totals = trainer.cost_totals()
     trainer.accelerator.wait_for_everyone()
     if not trainer.args.should_save:
         return

@@ -9,12 +9,11 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_region.patches.seams import import_upstream, rebound, require, require_fields
+from llava_region.patches.seams import hooked, import_upstream, require, require_fields
 
-from llava_region.arguments import extend_arguments
 from llava_region.dry_run import vision_model
 from llava_region.errors import LlavaRegionError
-from llava_region.trainer import RegionRun, finish, region_trainer
+from llava_region.trainer import RegionRun
 
 NAME = "llava"
 TITLE = "LLaVA"
@@ -73,20 +72,8 @@ def applied(tune_layers, **options):
     """
     module = train_module()
     run = RegionRun(tune_layers, upstream=NAME, non_lora_state=module.get_peft_state_non_lora_maybe_zero_3, **options)
-    with rebound(
-        module,
-        TrainingArguments=extend_arguments(module.TrainingArguments),
-        find_all_linear_names=run.find_linear_names,
-        LLaVATrainer=region_trainer(module.LLaVATrainer, run),
-        safe_save_model_for_hf_trainer=run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
-    ):
+    with hooked(module, "LLaVATrainer", run):
         yield run
-        finish(run)
-
-
-def argument_classes(module) -> tuple[type, type, type]:
-    """The three dataclasses that train() parses its command line into, ours in place of TrainingArguments."""
-    return module.ModelArguments, module.DataArguments, extend_arguments(module.TrainingArguments)
 
 
 def version() -> str:

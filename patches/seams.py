@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
+from llava_region.arguments import extend_arguments
 from llava_region.errors import UnsupportedUpstream
+from llava_region.trainer import RegionRun, finish, region_trainer
 
 
 def import_upstream(name: str, title: str, mend: str) -> ModuleType:
@@ -68,3 +70,26 @@ def rebound(module: ModuleType, **names):
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+@contextmanager
+def hooked(module: ModuleType, trainer: str, run: RegionRun):
+    """Bind a run's hooks in the module that defines the upstream's train(), and check and complete what it saved at the end.
+
+    Args:
+        trainer: name of the trainer class in that module.
+    """
+    names = {
+        "TrainingArguments": extend_arguments(module.TrainingArguments),
+        "find_all_linear_names": run.find_linear_names,
+        trainer: region_trainer(getattr(module, trainer), run),
+        "safe_save_model_for_hf_trainer": run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
+    }
+    with rebound(module, **names):
+        yield
+        finish(run)
+
+
+def argument_classes(module: ModuleType) -> tuple[type, type, type]:
+    """The three dataclasses that train() parses its command line into, ours in place of TrainingArguments."""
+    return module.ModelArguments, module.DataArguments, extend_arguments(module.TrainingArguments)
