@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from llava_region.checkpoints.tensors import Computed, write_checkpoint
 from llava_region.region import sparse_layers
-from llava_region.weights import Computed, write_checkpoint
 
 RANK = 128
 PEAK_LIMIT = "twice the largest tensor plus 500 MB"
 RUN = """
 import sys, time
 from llava_region.cli import main
-import llava_region.prune
+import llava_region.surgery.prune
 start = time.perf_counter()
 code = main(sys.argv[1:])
 seconds = time.perf_counter() - start

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 
-from llava_region.weights import Computed, weight_files, write_checkpoint
+from llava_region.checkpoints.tensors import Computed, weight_files, write_checkpoint
 
 CHUNK = 1 << 23
 COMPARE = """

@@ -33,12 +33,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_region import checkpointing, supervised_loss
-from llava_region.activation_memory import format_size, parse_size, saved_peak
 from llava_region.decoder import find_decoder_layers, linear_modules
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.region import Region
+from llava_region.training import recompute as checkpointing
+from llava_region.training import supervised_loss
+from llava_region.training.kept_memory import saved_peak
+from llava_region.training.sizes import format_size, parse_size
 
 MODES = ("upstream", "paper", "region", "none", "auto", "full")
 OURS = ("region", "none", "auto", "full")

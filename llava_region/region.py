@@ -8,7 +8,6 @@ against the number of decoder layers of a model, and stored beside every model t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+from llava_region.run_files import CONFIG_FILE, REGION_FILE
 
-REGION_FILE = "region.json"
 ALLOWED = (
     "'all', layers such as '0,4,8-11', 'sparse:8' or 'sparse:25%', 'lower:8', 'lower-middle:8', 'upper-middle:8', "
     "'top:8', 'hybrid:8', or 'scores.json:METRIC:8[:spread]'"
@@ -120,7 +120,7 @@ def read_region_json(folder: str | Path) -> dict:
         LlavaRegionError: the folder holds neither `region.json` nor a `config.json` with `visual_region`.
     """
     folder = Path(folder)
-    for name, key in ((REGION_FILE, None), ("config.json", "visual_region")):
+    for name, key in ((REGION_FILE, None), (CONFIG_FILE, "visual_region")):
         if (folder / name).is_file():
             data = read_json(folder / name)
             data = data.get(key) if key else data
@@ -131,20 +131,6 @@ def read_region_json(folder: str | Path) -> dict:
     )
 
 
-def read_json(path: Path) -> dict:
-    """Parse a JSON file.
-
-    Raises:
-        LlavaRegionError: it can't be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise LlavaRegionError(f"{path} is not valid JSON: {e}") from e
-
-
 def num_layers_of(model: str | Path) -> int:
     """Number of decoder layers that the `config.json` of a model folder names (`num_hidden_layers`; MPT: `n_layers`).
 
@@ -152,7 +138,7 @@ def num_layers_of(model: str | Path) -> int:
         LlavaRegionError: no such folder, no `config.json`, or no layer count in it.
     """
     path = Path(model)
-    path = path if path.is_file() else path / "config.json"
+    path = path if path.is_file() else path / CONFIG_FILE
     if not path.is_file():
         raise LlavaRegionError(f"{model} holds no config.json; give the folder of a model")
     config = read_json(path)

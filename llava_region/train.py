@@ -75,7 +75,7 @@ def train(upstream, script: str, flags: list[str]) -> None:
     Raises:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
-    from llava_region.arguments import OWN_FLAGS
+    from llava_region.training.arguments import OWN_FLAGS
 
     given = [arg.split("=")[0].replace("-", "_") for arg in flags]
     own = sorted(flag for flag in OWN_FLAGS if flag.replace("-", "_") in given)
@@ -87,13 +87,13 @@ def train(upstream, script: str, flags: list[str]) -> None:
         return
     if "--tune_layers" not in own:
         raise LlavaRegionError(f"{own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
-    from llava_region import preflight
-    from llava_region.gloo_order import wait_for_every_gather
+    from llava_region.training import preflight
+    from llava_region.training.gloo_order import wait_for_every_gather
 
     checked = preflight.check(upstream, module, flags)
     args = checked.args
     if args.dry_run:
-        from llava_region.dry_run import show
+        from llava_region.training.dry_run import show
 
         if os.environ.get("RANK", "0") == "0":
             show(upstream, checked)
@@ -103,7 +103,7 @@ def train(upstream, script: str, flags: list[str]) -> None:
             f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or '{upstream.NAME}' instead"
         )
     if args.region_memory:
-        from llava_region.dry_run import check_region_memory
+        from llava_region.training.dry_run import check_region_memory
 
         check_region_memory(upstream, checked)
     import torch
@@ -125,7 +125,7 @@ def refuse_misspelt(flags: list[str]) -> None:
     Raises:
         LlavaRegionError: names the flag that was meant.
     """
-    from llava_region.arguments import OWN_FLAGS
+    from llava_region.training.arguments import OWN_FLAGS
 
     for flag in (arg.split("=")[0] for arg in flags if arg.startswith("--")):
         meant = difflib.get_close_matches(flag, OWN_FLAGS, n=1, cutoff=0.9)
@@ -137,7 +137,7 @@ def show_help(upstream) -> int:
     """Print our own flags, and where the upstream's are."""
     import dataclasses
 
-    from llava_region.arguments import RegionArguments
+    from llava_region.training.arguments import RegionArguments
 
     about = __doc__.split("\n\n", 1)[1].strip()  # without the usage line
     print(f"usage: {USAGE}\n\n{about}\n\nflags beside the upstream's own:")

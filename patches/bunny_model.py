@@ -1,4 +1,4 @@
-"""Bunny's half of `llava_region.models`: its classes, conversation templates, tokenisation and image handling.
+"""Bunny's half of `llava_region.models.loading`: its classes, conversation templates, tokenisation and image handling.
 
 `llava_model` has the same functions. Everything goes through Bunny's own code; what is added here is what its
 `load_pretrained_model` is told by its caller (the model type), decides by the folder's name, or fixes at fp16.
@@ -21,9 +21,9 @@ from bunny.util import data_utils
 from bunny.util.mm_utils import process_images, tokenizer_image_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import is_vision
 from llava_region.errors import LlavaRegionError
-from llava_region.weights import Checkpoint
 
 # model type in config.json: (model class, conversation template)
 CLASSES = {

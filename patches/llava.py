@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llava_region.patches.seams import hooked, import_upstream, require, require_fields
 
-from llava_region.dry_run import vision_model
 from llava_region.errors import LlavaRegionError
-from llava_region.trainer import RegionRun
+from llava_region.training.dry_run import vision_model
+from llava_region.training.trainer import RegionRun
 
 NAME = "llava"
 TITLE = "LLaVA"

@@ -1,4 +1,4 @@
-"""LLaVA's half of `llava_region.models`: its classes, conversation templates, tokenisation and image handling.
+"""LLaVA's half of `llava_region.models.loading`: its classes, conversation templates, tokenisation and image handling.
 
 `bunny_model` has the same functions. Everything goes through LLaVA's own code; what is added here is what its
 `load_pretrained_model` decides by the folder's name or fixes at fp16.

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from llava_region.arguments import extend_arguments
 from llava_region.errors import UnsupportedUpstream
-from llava_region.trainer import RegionRun, finish, region_trainer
+from llava_region.training.arguments import extend_arguments
+from llava_region.training.trainer import RegionRun, finish, region_trainer
 
 
 def import_upstream(name: str, title: str, mend: str) -> ModuleType:

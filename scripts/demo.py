@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llava_region.tiny import write_tiny
+from llava_region.data.tiny import write_tiny
 
 OUT = Path("demo-output")
 STEPS = 40

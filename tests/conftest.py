@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from llava_region.tiny import TinyFiles, write_tiny
+from llava_region.data.tiny import TinyFiles, write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def tiny(tmp_path_factory) -> TinyFiles:
 def llava_checkpoint(tiny, tmp_path_factory):
     """A full LLaVA checkpoint folder (`llava-tiny`), projector included, saved by upstream's own classes. Never write into it."""
     pytest.importorskip("llava.model")
-    from tests.checkpoints import write_llava_checkpoint
+    from tests.helpers.finished_models import write_llava_checkpoint
 
     return write_llava_checkpoint(tiny, tmp_path_factory.mktemp("full") / "llava-tiny")
 
@@ -34,6 +34,6 @@ def llava_checkpoint(tiny, tmp_path_factory):
 def lora_run(tiny, tmp_path_factory):
     """Output folder of a LoRA run on layers 1 and 6 (name contains `lora`), in upstream's layout. Base: `tiny.backbone`."""
     pytest.importorskip("llava.model")
-    from tests.checkpoints import write_lora_run
+    from tests.helpers.finished_models import write_lora_run
 
     return write_lora_run(tiny, tmp_path_factory.mktemp("run") / "llava-tiny-lora", layers=(1, 6))

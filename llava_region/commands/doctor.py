@@ -10,7 +10,7 @@ def command(as_json: bool = typer.Option(False, "--json", help='Print {"works", 
 
     Exit status 1 if training can work with neither LLaVA nor Bunny.
     """
-    from llava_region import doctor
+    from llava_region.doctor import rules as doctor
 
     facts = doctor.collect()
     findings = doctor.diagnose(facts)
@@ -26,7 +26,7 @@ def _show(facts, findings) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from llava_region import doctor
+    from llava_region.doctor import rules as doctor
 
     colours = {"error": "red", "warning": "yellow", "note": "dim", "ok": "green"}
     table = Table("Component", "Installed", "With LLaVA", "With Bunny", "State")
@@ -45,7 +45,7 @@ def _show(facts, findings) -> None:
 
 def rows(facts, findings) -> list[tuple[str, str, str, str, str]]:
     """The table: component, installed version, ranges supported with LLaVA and with Bunny, and the worst finding's level."""
-    from llava_region import doctor
+    from llava_region.doctor import rules as doctor
 
     worst: dict[str, str] = {}
     for finding in findings:  # errors come first

@@ -28,9 +28,10 @@ def command(
 
     Several GPUs: torchrun --nproc_per_node 8 -m llava_region eval ... A killed run goes on where it was when started again.
     """
-    from llava_region import ranks, tasks
+    from llava_region import processes as ranks
+    from llava_region import tasks
     from llava_region.errors import LlavaRegionError
-    from llava_region.evaluate import evaluate, score_predictions
+    from llava_region.evaluation.evaluate import evaluate, score_predictions
 
     if list_tasks:
         _list(tasks, as_json)

@@ -14,7 +14,7 @@ def command(
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "run", "base", "layers", "merged", "copied", "bytes", "remarks"}.'),
 ):
     """Merge a LoRA run into a full model, which upstream loads without a base; never holds the model in memory."""
-    from llava_region.merge import merge
+    from llava_region.surgery.merge import merge
 
     report = merge(run, out, base, force=force)
     if as_json:

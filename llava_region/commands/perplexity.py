@@ -37,9 +37,9 @@ def command(
 
     With --revert-sweep also for each set of decoder layers put back to the backbone's weights (paper, Figure 1, left).
     """
-    from llava_region.atomic import refuse_existing, write_json
-    from llava_region.perplexity import sweep
-    from llava_region.perplexity_plot import check_plot, draw, layer_text, rises
+    from llava_region.evaluation.perplexity import sweep
+    from llava_region.evaluation.perplexity_plot import check_plot, draw, layer_text, rises
+    from llava_region.files import refuse_existing, write_json
 
     if out:
         refuse_existing(out, force)

@@ -19,7 +19,7 @@ def command(
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "model", "dropped", "num_layers", "original_num_layers", ...}.'),
 ):
     """Remove decoder layers outside the visual region; the others are renumbered, so that the cache works."""
-    from llava_region.prune import prune
+    from llava_region.surgery.prune import prune
 
     report = prune(
         model, out, drop=drop, scores=scores, layers=layers, protect=protect, base=base, force=force, check=not no_self_test

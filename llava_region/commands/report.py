@@ -33,11 +33,12 @@ def command(
 
     A run with a task missing, cut short or not fully answered is shown as incomplete and never averaged.
     """
-    from llava_region import plots, report
     from llava_region.errors import LlavaRegionError
     from llava_region.progress import track
-    from llava_region.results import read_runs
-    from llava_region.tables import WRITERS
+    from llava_region.report import figures as plots
+    from llava_region.report import tables as report
+    from llava_region.report.formats import WRITERS
+    from llava_region.report.runs import read_runs
 
     form = form or ("all" if out else "markdown")
     if form not in (*WRITERS, "all"):

@@ -15,7 +15,7 @@ def command(
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "model", "base", "layers", "tensors", "copied", "bytes"}.'),
 ):
     """Put decoder layers back to the backbone's weights; the rest and the projector stay as they are."""
-    from llava_region.revert import revert
+    from llava_region.surgery.revert import revert
 
     report = revert(model, base, layers, out, force=force)
     if as_json:

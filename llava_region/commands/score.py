@@ -47,7 +47,7 @@ def command(
 ):
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
     from llava_region.scores.pass_over_data import Interrupted
-    from llava_region.scores.report import check_top, show
+    from llava_region.scores.rankings import check_top, show
     from llava_region.scores.score import Options, parse_metrics, score
 
     check_top(model, top)

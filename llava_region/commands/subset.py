@@ -18,7 +18,7 @@ def command(
 
     Records keep their order. The same file, fraction and seed give the same part on every machine.
     """
-    from llava_region.subset import parse_fraction, write_subset
+    from llava_region.data.subset import parse_fraction, write_subset
 
     part = parse_fraction(fraction)
     kept = write_subset(data, out, part, seed, force)

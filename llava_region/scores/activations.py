@@ -30,7 +30,7 @@ def measure(model: nn.Module, batch, metrics, sums: Sums) -> Tensor | None:
 
     Args:
         model: upstream's model, or a plain language model.
-        batch: `llava_region.models.Embedded`: (B, T, H) embeddings with their masks and positions.
+        batch: `llava_region.models.loading.Embedded`: (B, T, H) embeddings with their masks and positions.
         metrics: which of `ACTIVATION_METRICS`.
         sums: added to in place.
 

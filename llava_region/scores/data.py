@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_region.errors import LlavaRegionError
-from llava_region.region import read_json
+from llava_region.files import read_json
 
 PLACEHOLDER = "<image>"
 

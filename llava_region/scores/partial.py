@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from llava_region import atomic
+from llava_region import files as atomic
 from llava_region.errors import LlavaRegionError
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.scores.sums import Sums
 
 

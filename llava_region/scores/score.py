@@ -6,11 +6,13 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llava_region import __version__, atomic
+from llava_region import __version__
+from llava_region import files as atomic
+from llava_region.checkpoints.model_folder import locate
 from llava_region.errors import LlavaRegionError
-from llava_region.model_folder import locate
-from llava_region.models import DTYPES, check_base, load, settings_folder, upstream_of
-from llava_region.region import num_layers_of, read_json
+from llava_region.files import read_json
+from llava_region.models.loading import DTYPES, check_base, load, settings_folder, upstream_of
+from llava_region.region import num_layers_of
 from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.angular_distance_weights import angular_distance_weights
 from llava_region.scores.data import Sample, read_samples

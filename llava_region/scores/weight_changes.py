@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-from llava_region.adapter import LoraUpdate, read_adapter
+from llava_region.checkpoints.adapter import LoraUpdate, read_adapter
+from llava_region.checkpoints.tensors import Checkpoint, Entry, Stored, bare_name, name_in_backbone
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.region import num_layers_of
-from llava_region.weights import Checkpoint, Entry, Stored, bare_name, name_in_backbone
 
 READ_ELEMENTS = 1 << 22
 SUM_ELEMENTS = 1 << 18  # stays in a core's cache through the sums, and short enough for them in fp32

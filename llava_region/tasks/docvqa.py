@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.tasks import reading
 from llava_region.tasks.task import Example, File, Task, locate
 

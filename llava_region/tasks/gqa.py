@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.task import PHRASE_INSTRUCTION, Example, File, Task, locate, percent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_region.errors import LlavaRegionError
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.choices import LETTERS
 from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Task, locate, percent

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_region.errors import LlavaRegionError
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.number_words import to_digits
 from llava_region.tasks.task import Example, File, Task, locate, percent

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from llava_region.errors import LlavaRegionError
-from llava_region.region import read_json
+from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.task import Example, File, Task, locate, percent, read_jsonl
 from llava_region.tasks.vqa_normalise import normalise

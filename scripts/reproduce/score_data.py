@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from llava_region import tasks
-from llava_region.atomic import write_json
 from llava_region.errors import LlavaRegionError
+from llava_region.files import write_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 

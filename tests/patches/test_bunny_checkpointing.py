@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from tests.patches import bunny_shims
+from tests.helpers import bunny_shims
 
 if bunny_shims.why_not():
     pytest.skip(bunny_shims.why_not(), allow_module_level=True)
@@ -12,11 +12,11 @@ bunny_shims.apply()
 
 import bunny.model
 
-from llava_region import checkpointing as ckpt
-from llava_region import supervised_loss
 from llava_region.decoder import find_decoder_layers
-from tests.bunny_tiny import MODEL_TYPES
-from tests.region_models import arguments, assert_equal, count_forwards, gradients
+from llava_region.training import recompute as ckpt
+from llava_region.training import supervised_loss
+from tests.helpers.bunny_models import MODEL_TYPES
+from tests.helpers.region_models import arguments, assert_equal, count_forwards, gradients
 
 # phi-1.5 has phi-2's classes
 TYPES = [name for name in MODEL_TYPES if name != "phi-1.5"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.patches import bunny_shims
+from tests.helpers import bunny_shims
 
 if bunny_shims.why_not():
     pytest.skip(bunny_shims.why_not(), allow_module_level=True)
@@ -24,11 +24,12 @@ bunny_shims.apply()
 
 from llava_region.patches import bunny
 
-from llava_region import LlavaRegionError, UnsupportedUpstream, models
+from llava_region import LlavaRegionError, UnsupportedUpstream
 from llava_region import train as region_train
-from tests import bunny_tiny
-from tests.bunny_tiny import bunny_flags, write_bunny
-from tests.training import LORA, adapter, environment, layers_of, projector, same, train
+from llava_region.models import loading as models
+from tests.helpers import bunny_models
+from tests.helpers.bunny_models import bunny_flags, write_bunny
+from tests.helpers.training_runs import LORA, adapter, environment, layers_of, projector, same, train
 
 BF16 = {"bf16": True}
 
@@ -72,7 +73,7 @@ def upstream_load(folder, files, base=True):
     return load_pretrained_model(str(folder), str(files.backbone) if base else None, name, files.model_type, device="cpu")
 
 
-@pytest.mark.parametrize("model_type", bunny_tiny.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", bunny_models.MODEL_TYPES)
 def test_every_model_type(tiny_bunny, tmp_path, model_type, capsys):
     """LoRA on exactly the region's linears; Bunny loads it; our loader gives the same logits and answers."""
     files, out = tiny_bunny(model_type), tmp_path / "bunny-lora"
@@ -119,7 +120,7 @@ def check_loading(out, files):
     assert ours.tokenizer.decode(labels[labels != -100]).strip() == sample["conversations"][1]["value"] + ending
 
 
-@pytest.mark.parametrize("model_type", bunny_tiny.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", bunny_models.MODEL_TYPES)
 def test_all_layers_equals_upstream(tiny_bunny, tmp_path, model_type):
     """`--tune_layers all` and upstream untouched end with the same weights; supervised logits alone may round otherwise."""
     files, flags = tiny_bunny(model_type), {**LORA, "lora_dropout": 0.05}

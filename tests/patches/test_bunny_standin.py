@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 pytest.importorskip("easy_vqa")
 pytest.importorskip("deepspeed")  # saving a LoRA run imports it
 
-from llava_region.tiny import easy_vqa_folder, easy_vqa_records, text_records
-from tests.bunny_tiny import GPT, BunnyFiles, bunny_flags, write_siglip, write_tokenizer
-from tests.training import LORA, adapter, environment, layers_of, projector, same, torchrun, write_zero3
+from llava_region.data.tiny import easy_vqa_folder, easy_vqa_records, text_records
+from tests.helpers.bunny_models import GPT, BunnyFiles, bunny_flags, write_siglip, write_tokenizer
+from tests.helpers.training_runs import LORA, adapter, environment, layers_of, projector, same, torchrun, write_zero3
 
 HERE = Path(__file__).parent
 LINEAR = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")

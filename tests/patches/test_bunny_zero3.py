@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.patches import bunny_shims
+from tests.helpers import bunny_shims
 
 if bunny_shims.why_not():
     pytest.skip(bunny_shims.why_not(), allow_module_level=True)
 bunny_shims.apply()
 
-from tests.bunny_tiny import bunny_flags, write_bunny
-from tests.training import LORA, adapter, environment, layers_of, projector, torchrun, train, write_zero3
+from tests.helpers.bunny_models import bunny_flags, write_bunny
+from tests.helpers.training_runs import LORA, adapter, environment, layers_of, projector, torchrun, train, write_zero3
 
 pytestmark = pytest.mark.slow
 

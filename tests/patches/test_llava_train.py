@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 from llava_region import LlavaRegionError
 from llava_region import train as region_train
-from tests.training import LORA, adapter, environment, layers_of, llava_flags, projector, same, train
+from tests.helpers.training_runs import LORA, adapter, environment, layers_of, llava_flags, projector, same, train
 
 
 def run_here(tiny, out, tune_layers="1,6", **changes) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 
-from tests.training import LORA, ZERO3, adapter, environment, layers_of, llava_flags, projector, torchrun, train, write_zero3
+from tests.helpers.training_runs import LORA, ZERO3, adapter, environment, layers_of, llava_flags, projector, torchrun, train, write_zero3
 
 pytestmark = pytest.mark.slow
 

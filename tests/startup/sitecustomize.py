@@ -3,12 +3,12 @@
 import os
 
 if "RANK" in os.environ:
-    from llava_region.gloo_order import wait_for_every_gather
+    from llava_region.training.gloo_order import wait_for_every_gather
 
     wait_for_every_gather()
 
 if os.environ.get("BUNNY_ROOT"):
-    from tests.patches import bunny_shims
+    from tests.helpers import bunny_shims
 
     if bunny_shims.why_not() is None:
         bunny_shims.apply()

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their tensors, adapters, and the folder around them."""

@@ -1,0 +1,124 @@
+"""Read a LoRA adapter as PEFT writes it: which module gets which update, and what else was trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+
+# Options of PEFT that change the merged weight in ways that LLaVA and Bunny cannot produce.
+REFUSED = {
+    "use_dora": "DoRA's magnitudes are not merged here",
+    "layer_replication": "the adapter replicates layers",
+    "megatron_config": "the adapter was made for Megatron",
+}
+# Rows of a weight that are updated together: keeps the fp32 copy small, and in memory that is used again.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """`W + scaling * B @ A` of one linear module: A is (rank, in), B is (out, rank)."""
+
+    a: Entry
+    b: Entry
+    scaling: float
+    fan_in_fan_out: bool = False
+
+    def shape_for(self, weight: tuple[int, ...]) -> tuple[int, int]:
+        """Shape of the update for a weight of shape `weight`: (out, in), or (in, out) where the weight is stored so."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        # PEFT itself ignores fan_in_fan_out on nn.Linear, hence only where nothing else fits
+        return shape[::-1] if self.fan_in_fan_out and weight != shape else shape
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Add the update to `weight` in place, computed in fp32 and cast once; returns it."""
+        a, b = self.a.load().float(), self.b.load().float()
+        if self.shape_for(tuple(weight.shape)) != (len(b), a.shape[1]):
+            a, b = b.T, a.T
+        for start in range(0, len(weight), _ROWS):
+            rows = weight[start : start + _ROWS]
+            rows.copy_(rows.float().addmm_(b[start : start + _ROWS], a, alpha=self.scaling))
+        return weight
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by module name, and tensors trained whole (biases, `modules_to_save`) by name, both as in the bare model."""
+
+    config: dict
+    updates: dict[str, LoraUpdate]
+    tensors: dict[str, Entry]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read `adapter_config.json` and the adapter's weights of a LoRA run; no tensor is loaded.
+
+    Raises:
+        LlavaRegionError: no LoRA adapter, a damaged one, or one of a kind that cannot be merged exactly.
+    """
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise LlavaRegionError(f"{folder}/adapter_config.json is not of a LoRA adapter; allowed: peft_type LORA")
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise LlavaRegionError(f"the adapter in {folder} cannot be merged: {reason} ('{key}' in adapter_config.json)")
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
+    if not files:
+        raise LlavaRegionError(f"{folder} holds no adapter_model.safetensors; copy the whole run")
+    halves: dict[str, dict[str, Entry]] = {}
+    tensors = {}
+    for name, entry in Checkpoint(files[0]).items():
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", bare_name(name))
+        if match:
+            halves.setdefault(match[1], {})[match[2]] = entry
+        elif "lora_" in name:
+            raise LlavaRegionError(f"'{name}' in {files[0]} is of a kind that is not merged here; allowed: LoRA on linear modules")
+        else:
+            tensors[bare_name(name)] = entry
+    if not halves:
+        raise LlavaRegionError(f"{files[0]} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
+    return Adapter(config, {module: _update(module, pair, config, files[0]) for module, pair in halves.items()}, tensors)
+
+
+def _update(module: str, pair: dict[str, Entry], config: dict, file: Path) -> LoraUpdate:
+    if set(pair) != {"A", "B"}:
+        raise LlavaRegionError(f"{file} holds only lora_{next(iter(pair))} of '{module}'; the file is incomplete, save the adapter again")
+    a, b = pair["A"], pair["B"]
+    rank, scaling = scaling_of(module, config)
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise LlavaRegionError(
+            f"LoRA on '{module}' has A {a.shape} and B {b.shape}, adapter_config.json says rank {rank}; files do not belong together"
+        )
+    return LoraUpdate(a, b, scaling, bool(config.get("fan_in_fan_out")))
+
+
+def scaling_of(module: str, config: dict) -> tuple[int, float]:
+    """Rank of the adapter on a module, and what B @ A is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r).
+
+    `rank_pattern` and `alpha_pattern` override both for modules that a key matches, as PEFT matches them.
+
+    Raises:
+        LlavaRegionError: different keys of the two patterns match the module; PEFT's versions disagree on what that means.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank_key, alpha_key = _matching(module, ranks), _matching(module, alphas)
+    if rank_key and alpha_key and rank_key != alpha_key:
+        raise LlavaRegionError(
+            f"'{rank_key}' of rank_pattern and '{alpha_key}' of alpha_pattern both match '{module}', "
+            "and PEFT's versions disagree which counts; merge it with the PEFT that trained it"
+        )
+    rank, alpha = ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matching(module: str, keys: Iterable[str]) -> str | None:
+    return next((key for key in keys if key == module or re.match(rf".*\.{key}$", module)), None)

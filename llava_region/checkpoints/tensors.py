@@ -1,0 +1,334 @@
+"""Read and write checkpoints tensor by tensor: the weights of a model are never in memory together.
+
+A checkpoint is a folder with `model.safetensors` or `pytorch_model.bin`, or with shards of either and their index, or
+one such file by itself. `.bin` files are read with `weights_only`, so no code in them runs. Output is always
+safetensors: the header holds only names, types and shapes, so it is written first and the tensors are streamed after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+from llava_region.progress import progress_bar
+from llava_region.run_files import ADAPTER_CONFIG_FILE, WEIGHT_FILES
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHARD_BYTES = 5 * 10**9
+# One read or write: calls of many MB were several times slower.
+_IO_BYTES = 1 << 20
+# A mapped .bin file counts as resident where it was read; after this many bytes it is mapped anew.
+_MAPPED_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: `shape` elements of `dtype`, `nbytes` bytes from byte `start` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as f:
+            f.seek(self.start)
+            _read_into(f, memoryview(buffer.numpy()))
+        return buffer.view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that `load` makes when it is its turn to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Entry = Stored | Computed
+
+
+class Checkpoint(Mapping):
+    """The tensors of a checkpoint by name, as `Stored` or `Computed`: shapes and dtypes are known, nothing is loaded.
+
+    Iteration is shard by shard. `tensor(name)` loads one.
+
+    Args:
+        path: a model folder, or one `.safetensors` or `.bin` file.
+
+    Raises:
+        LlavaRegionError: not a checkpoint; a shard that the index names is missing; a file is truncated or damaged; or a
+            `.bin` holds more than tensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.shards: dict[Path, list[str]] = {}
+        self._entries: dict[str, Entry] = {}
+        for file in weight_files(self.path):
+            entries = _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
+            self.shards[file] = list(entries)
+            self._entries.update(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Load one tensor to CPU memory of its own, in its stored dtype.
+
+        Raises:
+            LlavaRegionError: there is no tensor of that name.
+        """
+        if name not in self._entries:
+            raise LlavaRegionError(f"{self.path} holds no tensor '{name}'; give the checkpoint of another model")
+        return self._entries[name].load()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of a model folder, in the index's order; a file stands for itself.
+
+    Raises:
+        LlavaRegionError: not a checkpoint, or a shard that the index names is missing.
+    """
+    if path.is_file():
+        if path.suffix not in (".safetensors", ".bin"):
+            raise LlavaRegionError(f"{path} is no weights file; allowed: .safetensors or .bin")
+        return [path]
+    if not path.is_dir():
+        raise LlavaRegionError(f"there is no folder {path}; give the folder of a model")
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None:
+        if (path / ADAPTER_CONFIG_FILE).is_file():
+            raise LlavaRegionError(f"{path} is a LoRA run, not a whole model; merge it with 'llava-region merge' first")
+        raise LlavaRegionError(f"{path} is not a checkpoint: it holds none of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    index = read_json(found)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+        raise LlavaRegionError(f"{found} is not an index of shards; allowed: 'weight_map' from tensor names to files beside it")
+    files = [path / name for name in dict.fromkeys(names.values())]
+    for file in files:
+        if not file.is_file():
+            raise LlavaRegionError(f"{found.name} of {path} names {file.name}, which is missing; copy or download the checkpoint again")
+    return files
+
+
+def _read_safetensors(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # the library checks the header and that the file ends where the header says
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise LlavaRegionError(f"{file} is truncated or not a safetensors file ({e}); copy or download it again") from e
+    header.pop("__metadata__", None)
+    unknown = sorted({spec["dtype"] for spec in header.values()} - set(DTYPES))
+    if unknown:
+        raise LlavaRegionError(f"{file} holds tensors of type {unknown[0]}; allowed: {', '.join(DTYPES)}")
+    specs = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: Stored(file, DTYPES[spec["dtype"]], tuple(spec["shape"]), 8 + size + spec["data_offsets"][0]) for name, spec in specs}
+
+
+def _read_bin(file: Path) -> dict[str, Computed]:
+    tensors = _load_bin(file)
+    mapped = _MappedBin(file)
+
+    def entry(name: str) -> Computed:
+        return Computed(tensors[name].dtype, tuple(tensors[name].shape), lambda: mapped.tensor(name))
+
+    return {name: entry(name) for name in tensors}
+
+
+class _MappedBin:
+    """A `.bin` file, mapped while it is read and mapped anew every `_MAPPED_BYTES`."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._read = 0
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if not self._tensors or self._read > _MAPPED_BYTES:
+            self._tensors, self._read = {}, 0
+            self._tensors = _load_bin(self.file)
+        tensor = self._tensors[name]
+        self._read += tensor.nbytes
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _load_bin(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        # the format before torch 1.6 is no zip file and cannot be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as e:
+        raise LlavaRegionError(
+            f"{file} is damaged or holds more than tensors (torch.load with weights_only refuses it, no code of it was run); "
+            "give a file of plain weights"
+        ) from e
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise LlavaRegionError(f"{file} is not a file of named tensors; give a file of plain weights")
+    return dict(tensors)
+
+
+def bare_name(name: str) -> str:
+    """Name of a tensor in the model itself, without what PEFT and DDP put around it.
+
+    >>> bare_name("base_model.model.model.layers.3.mlp.up_proj.base_layer.weight")
+    'model.layers.3.mlp.up_proj.weight'
+    """
+    for wrapper in ("module.", "base_model.model."):
+        name = name.removeprefix(wrapper)
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+
+
+def name_in_backbone(name: str, backbone: Mapping) -> str | None:
+    """The name under which a LLM backbone holds a LLaVA or Bunny tensor, or None.
+
+    Names are the same (`model.layers.3...`, MPT `transformer.blocks.3...`), but a backbone that was saved without its
+    language modelling head lacks the first part.
+    """
+    headless = name.partition(".")[2]
+    return name if name in backbone else headless if headless in backbone else None
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Entry], *, shard_bytes: int = SHARD_BYTES, description: str = "writing") -> int:
+    """Write tensors as safetensors under `folder`, in order, with an index where there are several shards.
+
+    Tensors that are `Stored` are copied byte for byte; `Computed` ones are made one at a time.
+
+    Args:
+        folder: an existing folder.
+        shard_bytes: no shard is larger, unless one tensor is.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        LlavaRegionError: the disk is full or cannot be written.
+    """
+    total = sum(entry.nbytes for entry in tensors.values())
+    if shutil.disk_usage(folder).free < total:
+        raise LlavaRegionError(
+            f"{folder.parent} has less than the {total / 1e9:.1f} GB free that the output takes; give --out on another disk"
+        )
+    shards = _plan_shards(tensors, shard_bytes)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    try:
+        with progress_bar(description, len(tensors)) as advance:
+            for name, shard in zip(names, shards, strict=True):
+                _write_safetensors(folder / name, shard, advance)
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    except OSError as e:
+        raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror or e}") from e
+    return total
+
+
+def _plan_shards(tensors: Mapping[str, Entry], shard_bytes: int) -> list[dict[str, Entry]]:
+    shards: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in tensors.items():
+        if shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.nbytes
+    return shards
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Entry], advance: Callable[[], None]) -> None:
+    # wide types first, as the safetensors library does: every tensor then starts at a multiple of its element size
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in ordered:
+        start, end = end, end + entry.nbytes
+        header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as f:
+        _write_all(f, memoryview(len(text).to_bytes(8, "little") + text))
+        for name, entry in ordered:
+            _write_entry(entry, name, f)
+            advance()
+
+
+def _write_entry(entry: Entry, name: str, out) -> None:
+    if isinstance(entry, Stored):
+        _copy_bytes(entry, out)
+        return
+    tensor = entry.load()
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+        raise LlavaRegionError(f"'{name}' came out as {tensor.dtype} {tuple(tensor.shape)}, planned was {entry.dtype} {entry.shape}")
+    _write_all(out, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+
+def _copy_bytes(entry: Stored, out) -> None:
+    left = entry.nbytes
+    with entry.file.open("rb", buffering=0) as f:
+        f.seek(entry.start)
+        try:
+            while left and (count := os.copy_file_range(f.fileno(), out.fileno(), left)):
+                left -= count
+        except (AttributeError, OSError) as e:  # not Linux, or not between these two filesystems: by hand from where it stopped
+            if getattr(e, "errno", errno.EXDEV) not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+        buffer = memoryview(bytearray(min(_IO_BYTES, left)))
+        while left:
+            part = buffer[: min(left, len(buffer))]
+            _read_into(f, part)
+            _write_all(out, part)
+            left -= len(part)
+
+
+def _read_into(file, view: memoryview) -> None:
+    while view:
+        count = file.readinto(view[:_IO_BYTES])
+        if not count:
+            raise LlavaRegionError(f"{file.name} ended early while it was read; copy or download it again")
+        view = view[count:]
+
+
+def _write_all(file, view: memoryview) -> None:
+    while view:
+        view = view[os.write(file.fileno(), view[:_IO_BYTES]) :]

@@ -1,0 +1,1 @@
+"""What is installed, whether training can work with it, and how to fix what is broken."""

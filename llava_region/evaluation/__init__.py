@@ -1,0 +1,1 @@
+"""Benchmarks and perplexity of a finished model."""

@@ -1,0 +1,204 @@
+"""Runs to report on: what `llava-region eval` wrote, joined with the region and the cost of the model it was about.
+
+A training run's own folder stands for the run without any score: enough for what is about cost (Figure 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_region import tasks
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+from llava_region.run_files import COST_FILE, REGION_FILE, RESULTS_FILE
+
+
+@dataclass
+class Run:
+    """One evaluated model.
+
+    Attributes:
+        name: the evaluation folder's name, with as much of its path before it as tells the runs apart.
+        folder: the evaluation folder.
+        model: the model's folder, as `eval` recorded it.
+        family: what it was trained from (or is, for a backbone): runs of one family are compared with each other.
+        scores: task -> percent, for the tasks whose every question was asked and answered.
+        partial: task -> (percent, what is missing), for the others; never averaged, never marked as best.
+        flaws: task -> what lowered a score that is whole: unreadable images, cut prompts.
+        layers: decoder layers tuned, in the numbers of the model before any pruning; None for a plain language model.
+        num_layers: decoder layers before any pruning, None if not known.
+        metric: the importance metric that the layers were chosen by, or None.
+        pruned, reverted: how many decoder layers were removed, and set back to the backbone's weights.
+        cost: content of `cost.json`, or None.
+        data_scale: part of the family's data that it was trained on, in percent.
+    """
+
+    name: str
+    folder: Path
+    model: str
+    family: str
+    scores: dict[str, float] = field(default_factory=dict)
+    partial: dict[str, tuple[float | None, str]] = field(default_factory=dict)
+    flaws: dict[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    metric: str | None = None
+    pruned: int = 0
+    reverted: int = 0
+    cost: dict | None = None
+    data_scale: float = 100.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all decoder layers were tuned."""
+        return self.layers is not None and self.num_layers is not None and len(self.layers) == self.num_layers
+
+
+def read_runs(folders: list[Path], costs: dict[str, str] | None = None, scales: dict[str, str] | None = None) -> list[Run]:
+    """Read evaluation folders.
+
+    Args:
+        folders: each the `--out` of `llava-region eval`, or a training run's own folder, which has no scores.
+        costs: run name -> its `cost.json`, where it does not lie in the model's folder.
+        scales: run name -> percent of the data, where it is not to be taken from the samples in `cost.json`.
+
+    Raises:
+        LlavaRegionError: a folder is given twice or is none of these, a file is malformed, or `costs` or `scales` name no run.
+    """
+    names = _names(folders)
+    for option, given in (("--cost", costs or {}), ("--data-scale", scales or {})):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise LlavaRegionError(f"{option} names '{unknown[0]}', which is no run; allowed: {', '.join(names)}")
+    runs = [_read_run(name, folder, (costs or {}).get(name)) for name, folder in zip(names, folders, strict=True)]
+    _join_families(runs)
+    _set_data_scales(runs, scales or {})
+    return runs
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The last part of each path, or as many parts as tell them all apart."""
+    resolved = [folder.resolve() for folder in folders]
+    twice = [str(f) for f, r in zip(folders, resolved, strict=True) if resolved.count(r) > 1]
+    if twice:
+        raise LlavaRegionError(f"{twice[0]} is given twice; give each run once")
+    for depth in range(1, max((len(r.parts) for r in resolved), default=0) + 1):
+        names = ["/".join(r.parts[-depth:]) for r in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(r) for r in resolved]
+
+
+def _read_run(name: str, folder: Path, cost: str | None) -> Run:
+    data, path = _read_results(folder)
+    model = str(data.get("model") or folder)
+    region, upstream = data.get("region"), data.get("upstream")
+    origin = (region or {}).get("base_model") or data.get("base") or (None if upstream else model)
+    run = Run(name, folder, model, family=_model_name(origin))
+    for task, result in data["tasks"].items():
+        _add_score(run, path, task, result)
+    if region:
+        _add_region(run, path, region)
+    elif upstream and isinstance(data.get("num_layers"), int):  # without a region it was trained as upstream does: all layers
+        run.num_layers = data["num_layers"]
+        run.layers = tuple(range(run.num_layers))
+    run.cost = _read_cost(folder, model, cost)
+    return run
+
+
+def _read_results(folder: Path) -> tuple[dict, Path]:
+    """What `results.json` of an evaluation says, or the same form for a training run's folder; and the file it came from."""
+    path, region = folder / RESULTS_FILE, folder / REGION_FILE
+    if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
+        return {"model": str(folder), "upstream": None, "region": read_json(region), "tasks": {}}, region
+    if not path.is_file():
+        raise LlavaRegionError(
+            f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval', or a finished training run"
+        )
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), dict):
+        raise LlavaRegionError(f"{path} has no 'tasks'; write it again with 'llava-region eval'")
+    return data, path
+
+
+def _add_score(run: Run, path: Path, task: str, result) -> None:
+    """File a task's score under `scores` if it is over all questions, else under `partial`."""
+    if task not in tasks.NAMES:
+        raise LlavaRegionError(f"{path} has an unknown task '{task}'; allowed: {', '.join(tasks.NAMES)}")
+    score = result.get("score") if isinstance(result, dict) else None
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
+        raise LlavaRegionError(f"the score of {task} in {path} is {score!r}; allowed: 0 to 100 percent")
+    asked, missing = result.get("n", 0), result.get("missing", 0)
+    if result.get("limit") or not asked:
+        run.partial[task] = (score, f"limited to the first {asked:,}")
+    elif missing:
+        run.partial[task] = (score, f"{missing:,} answers missing")
+    else:
+        run.scores[task] = float(score)
+        flaws = ((result.get("unreadable_images"), "unreadable images"), (result.get("cut_prompts"), "prompts cut"))
+        if text := " and ".join(f"{count:,} {what}" for count, what in flaws if count):
+            run.flaws[task] = text
+
+
+def _add_region(run: Run, path: Path, region: dict) -> None:
+    """Layers tuned and pruned, in the numbers of the model before pruning."""
+    pruned = region.get("pruned") or {}
+    layers, count = pruned.get("original_layers", region.get("layers")), pruned.get("original_num_layers", region.get("num_layers"))
+    if not isinstance(layers, list) or not isinstance(count, int):
+        raise LlavaRegionError(f"the region in {path} names no 'layers' or 'num_layers'; write it again with 'llava-region eval'")
+    run.layers, run.num_layers, run.pruned = tuple(layers), count, len(pruned.get("dropped", ()))
+    run.reverted = len((region.get("reverted") or {}).get("layers", ()))
+    run.metric = (region.get("scores") or {}).get("metric")
+
+
+def _model_name(path: str | None) -> str:
+    """Last part of a model's folder or hub id; of a folder in the hub's cache, the model's name and not the snapshot's hash."""
+    parts = Path(path).parts if path else ()
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return cached.split("--")[-1] if cached else parts[-1] if parts else ""
+
+
+def _read_cost(folder: Path, model: str, given: str | None) -> dict | None:
+    """`cost.json` as given, else of the model's folder (or, for a `checkpoint-N`, the run's), else of the evaluation's parent."""
+    if given is not None:
+        path = Path(given) / COST_FILE if Path(given).is_dir() else Path(given)
+        return read_json(path)
+    places = [Path(model), Path(model).parent if Path(model).name.startswith("checkpoint-") else None, folder.resolve().parent]
+    for place in places:
+        # a cost.json of another model may lie above the evaluation: it has to be a run's folder
+        if place is not None and (place / COST_FILE).is_file() and (place / REGION_FILE).is_file():
+            return read_json(place / COST_FILE)
+    return None
+
+
+def _join_families(runs: list[Run]) -> None:
+    """Put a model of unknown origin, such as the upstream's own release, into the only family there is with as many layers."""
+    for run in [run for run in runs if not run.family]:
+        fitting = {other.family for other in runs if other.family and run.num_layers in (None, other.num_layers)}
+        run.family = fitting.pop() if len(fitting) == 1 else _model_name(run.model)
+
+
+def _set_data_scales(runs: list[Run], scales: dict[str, str]) -> None:
+    """Percent of the data: as given, else the samples seen over those of the run in the family that saw most."""
+    most: dict[str, float] = {}
+    for run in runs:
+        samples = (run.cost or {}).get("samples") or 0
+        most[run.family] = max(most.get(run.family, 0), samples)
+    for run in runs:
+        samples = (run.cost or {}).get("samples")
+        if run.name in scales:
+            run.data_scale = _percent(scales[run.name], run.name)
+        elif samples and most[run.family]:
+            run.data_scale = max(1.0, float(round(100 * samples / most[run.family])))
+
+
+def _percent(text: str, name: str) -> float:
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 100:
+        raise LlavaRegionError(f"the data scale '{text}' of {name} is out of range; allowed: above 0 to 100 percent")
+    return value

@@ -1,0 +1,1 @@
+"""New models out of finished ones, tensor by tensor: merge, revert, prune."""

@@ -1,0 +1,174 @@
+"""Remove decoder layers outside the visual region (section 6, Figure 4).
+
+Once the visual region is trained, layers outside it with the smallest angular distance between input and output can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from llava_region.checkpoints.model_folder import ModelFolder, check_output, locate, read_model, write_model
+from llava_region.decoder import layer_index, with_layer_index
+from llava_region.errors import LlavaRegionError
+from llava_region.files import output_folder
+from llava_region.region import Region, read_scores
+from llava_region.surgery.merge import merged_model
+from llava_region.surgery.self_check import self_test
+
+# Lists of the config that are not one entry a decoder layer, whatever their length is.
+_NOT_PER_LAYER = ("architectures", "image_grid_pinpoints", "eos_token_id", "reverted_layers")
+
+
+def prune(
+    model: str | Path, out: str | Path, *, drop: int | None = None, scores: str | Path | None = None,
+    layers: str | Iterable[int] | None = None, protect: str | Iterable[int] | None = None, base: str | Path | None = None,
+    force: bool = False, check: bool = True,
+) -> dict:  # fmt: skip
+    """Write the model without some of its decoder layers, the others renumbered.
+
+    Give either `drop` and `scores`, or `layers`.
+
+    Args:
+        model: a full model, or a LoRA run (or a `checkpoint-N` of one), which is merged on the way.
+        out: folder to write; appears only when it is whole and has passed the self test.
+        drop: how many layers to drop: those outside `protect` with the lowest `angular_distance`; ties to the lower index.
+        scores: file written by `llava-region score` for this model.
+        layers: exactly the layers to drop, as a spec or indices; region layers too, if named.
+        protect: layers never to drop, a spec or indices; `none` protects none. Default: the region in `region.json`.
+        base: for a LoRA run, what it was trained on. Default: the one that the run names.
+        force: replace `out`.
+        check: load the result in fp32 on the CPU and see that it generates the same tokens with and without its cache.
+
+    Returns:
+        `{"out", "model", "dropped": old numbers, "num_layers": new count, "original_num_layers", "layers": the region in new
+        numbers, "new_to_old", "bytes", "remarks": [str]}`. Old numbers are `model`'s own.
+
+    Raises:
+        LlavaRegionError: not a model, a damaged one, layers or scores that do not fit, or the self test failed.
+    """
+    path, remarks = locate(model), []
+    if (path / "adapter_config.json").is_file():
+        whole, remarks = merged_model(path, base)
+    elif base is not None:
+        raise LlavaRegionError(f"{model} is no LoRA run, so it takes no base; leave out --base")
+    else:
+        whole = read_model(path)
+    check_output(out, (path, whole.path), force)
+    dropped = layers_to_drop(whole, drop=drop, scores=scores, layers=layers, protect=protect)
+    pruned = without_layers(whole, dropped)
+    with output_folder(out, force) as folder:
+        size = write_model(pruned, folder, "pruning")
+        if check:
+            self_test(folder)
+    return {
+        "out": str(out), "model": str(model), "dropped": list(dropped), "num_layers": pruned.num_layers,
+        "original_num_layers": whole.num_layers, "layers": pruned.region["layers"],
+        "new_to_old": [i for i in range(whole.num_layers) if i not in dropped], "bytes": size, "remarks": remarks,
+    }  # fmt: skip
+
+
+def layers_to_drop(model: ModelFolder, *, drop=None, scores=None, layers=None, protect=None) -> tuple[int, ...]:
+    """The layers that `prune` drops, ascending; arguments as there.
+
+    Raises:
+        LlavaRegionError: the arguments contradict each other or do not fit the model.
+    """
+    count = model.num_layers
+    if (drop is None) == (layers is None):
+        raise LlavaRegionError("say what to drop: --drop K with --scores FILE, or --layers SPEC")
+    if layers is not None:
+        if scores is not None or protect is not None:
+            raise LlavaRegionError("--layers drops exactly those, so it goes without --scores and --protect")
+        chosen = _indices(layers, count)
+        if len(chosen) == count:
+            raise LlavaRegionError(f"all {count} decoder layers would be dropped; keep at least one")
+        return chosen
+    if scores is None:
+        raise LlavaRegionError("--drop needs --scores FILE; write one with 'llava-region score', or name layers with --layers")
+    kept = _protected(model, protect)
+    outside = [i for i in range(count) if i not in kept]
+    most = min(len(outside), count - 1)
+    if not 1 <= drop <= most:
+        allowed = f"; allowed: 1 to {most}" if most else ""
+        hint = "; --protect none frees the region too" if protect is None else ""
+        raise LlavaRegionError(f"cannot drop {drop} layers: {len(outside)} of {count} lie outside the protected ones{allowed}{hint}")
+    values = read_scores(scores, "angular_distance", count)
+    return tuple(sorted(sorted(outside, key=lambda i: (values[i], i))[:drop]))
+
+
+def _indices(layers: str | Iterable[int], num_layers: int) -> tuple[int, ...]:
+    return Region.parse(layers if isinstance(layers, str) else ",".join(map(str, layers)), num_layers).layers
+
+
+def _protected(model: ModelFolder, protect) -> tuple[int, ...]:
+    if isinstance(protect, str) and protect.strip() == "none":
+        return ()
+    if protect is not None:
+        return _indices(protect, model.num_layers)
+    if model.region is None:
+        raise LlavaRegionError(
+            f"{model.path} holds no region.json, so no region is known to protect; give --protect SPEC, or --protect none"
+        )
+    if model.region.get("num_layers") != model.num_layers:
+        raise LlavaRegionError(
+            f"region.json of {model.path} is for {model.region.get('num_layers')} layers, the model has {model.num_layers}; give --protect"
+        )
+    return tuple(model.region.get("layers") or ())
+
+
+def without_layers(model: ModelFolder, dropped: Iterable[int]) -> ModelFolder:
+    """The model without the dropped decoder layers: tensors renamed, config and region renumbered; nothing is loaded."""
+    gone = set(dropped)
+    kept = [i for i in range(model.num_layers) if i not in gone]
+    new = {old: i for i, old in enumerate(kept)}
+    tensors = {}
+    for name, entry in model.tensors.items():
+        layer = layer_index(name)
+        if layer is None:
+            tensors[name] = entry
+        elif layer in new:
+            tensors[with_layer_index(name, new[layer])] = entry
+    region = _pruned_region(model, kept)
+    config = _pruned_config(model.config, kept, model.num_layers)
+    if "visual_region" in config or model.region is not None:
+        config["visual_region"] = {key: region[key] for key in ("layers", "num_layers", "spec")}
+    return replace(model, tensors=tensors, config=config, region=region)
+
+
+def _pruned_config(config: dict, kept: list[int], num_layers: int) -> dict:
+    """The config for the kept layers: their count, and every list with one entry a layer."""
+    config = dict(config)
+    for key, value in config.items():
+        if key in ("num_hidden_layers", "n_layers", "n_layer"):
+            config[key] = len(kept)
+        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
+            config[key] = [value[i] for i in kept]
+        elif key == "max_window_layers":  # Qwen2: where sliding windows begin or end
+            config[key] = sum(i < value for i in kept)
+        elif key == "reverted_layers":
+            config[key] = _renumbered(value, kept)
+    return config
+
+
+def _renumbered(layers: Iterable[int], kept: list[int]) -> list[int]:
+    return [kept.index(i) for i in layers if i in kept]
+
+
+def _pruned_region(model: ModelFolder, kept: list[int]) -> dict:
+    """`region.json` in new numbers, with the way back to those of the model as it was before any pruning."""
+    count = model.num_layers
+    # a model without region.json was tuned in all layers
+    old = model.region or {"layers": list(range(count)), "num_layers": count, "spec": "all"}
+    before = old.get("pruned") or {
+        "original_num_layers": count, "new_to_old": list(range(count)),
+        "original_layers": old["layers"], "original_spec": old.get("spec"),
+    }  # fmt: skip
+    new_to_old = [before["new_to_old"][i] for i in kept]
+    layers = _renumbered(old["layers"], kept)
+    dropped = [i for i in range(before["original_num_layers"]) if i not in new_to_old]
+    region = {**old, "layers": layers, "num_layers": len(kept), "spec": ",".join(map(str, layers))}
+    if "reverted" in old:
+        region["reverted"] = {**old["reverted"], "layers": _renumbered(old["reverted"]["layers"], kept)}
+    return {**region, "pruned": {**before, "dropped": dropped, "new_to_old": new_to_old}}

@@ -1,0 +1,1 @@
+"""Train a region with an upstream's own trainer: check, estimate, hook, audit, save, resume."""

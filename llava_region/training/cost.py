@@ -1,0 +1,103 @@
+"""What a run cost: `cost.json`, the source of the paper's Figure 3 (GPU hours) for the user's own runs."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from llava_region.files import read_json, write_json
+from llava_region.run_files import COST_FILE
+
+
+class CostMeter(TrainerCallback):
+    """Counts time, samples and tokens of a run; a resumed run goes on from what its checkpoint says.
+
+    Tokens are those that enter the language model: text, and the vision tower's patches in place of every image.
+    They are summed on the device and read once, at the end.
+    """
+
+    def __init__(self):
+        self.before = {"hours": 0.0, "gpu_hours": 0.0, "samples": 0.0, "tokens": 0.0, "seconds_per_step": None, "peak_memory_bytes": 0}
+        self.step_seconds: list[float] = []
+        self.samples = 0
+        self.tokens: torch.Tensor | None = None
+        self.started = self.step_started = None
+
+    def resume(self, checkpoint: str | Path) -> None:
+        """Take over the sums of the interrupted run from a checkpoint folder."""
+        path = Path(checkpoint) / COST_FILE
+        if path.is_file():
+            saved = read_json(path)
+            self.before = {key: saved.get(key, empty) for key, empty in self.before.items()}
+
+    def count(self, inputs: dict, patches: int) -> None:
+        """Add one micro batch: `input_ids` (B, T) with one placeholder an image, `attention_mask` (B, T), `patches` tokens an image."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:
+            return
+        self.samples += ids.shape[0]
+        tokens = (ids.numel() if mask is None else mask.sum()) + (ids < 0).sum() * (patches - 1)
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.step_started is not None:
+            self.step_seconds.append(time.perf_counter() - self.step_started)
+
+    def totals(self, args, state, reduce_sum) -> dict:
+        """The content of `cost.json`. Collective: every rank has to call it.
+
+        Args:
+            reduce_sum: sum of a tensor over all ranks.
+        """
+        device = args.device
+        tokens = self.tokens if self.tokens is not None else 0
+        sums = torch.stack([torch.as_tensor(float(self.samples), device=device), torch.as_tensor(tokens, device=device).float()])
+        samples, tokens = reduce_sum(sums.double()).tolist()
+        gpus = args.world_size * max(args.n_gpu, 1)  # one process has several under torch.nn.DataParallel
+        now = (time.perf_counter() - self.started) / 3600 if self.started else 0.0
+        hours = self.before["hours"] + now
+        samples, tokens = samples + self.before["samples"], tokens + self.before["tokens"]
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        steady = self.step_seconds[1:] or self.step_seconds
+        seconds = max(hours * 3600, 1e-9)
+        return {
+            "gpus": gpus,
+            "hours": hours,
+            "gpu_hours": self.before["gpu_hours"] + now * gpus,
+            "steps": state.global_step,
+            "seconds_per_step": statistics.median(steady) if steady else self.before["seconds_per_step"],
+            "samples": samples,
+            "tokens": tokens,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": max(peak_memory(), self.before["peak_memory_bytes"]),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: allocated on the GPU where there is one, else resident in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_cost(folder: str | Path, totals: dict) -> None:
+    """Write `cost.json` into a folder."""
+    write_json(Path(folder) / COST_FILE, totals)

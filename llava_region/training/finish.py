@@ -1,0 +1,74 @@
+"""What a finished run has to hold: read again before it is called done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from llava_region.decoder import layer_index
+from llava_region.errors import LlavaRegionError
+from llava_region.region import Region
+from llava_region.run_files import ADAPTER_FILES
+
+
+def check_adapter(folder: str | Path, region: Region) -> int:
+    """Re-read a finished LoRA run: its layers are exactly the region's, none is empty, all were changed by training.
+
+    Returns:
+        the number of tensors in the adapter.
+
+    Raises:
+        LlavaRegionError: says what is wrong with which layers.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not files:
+        raise LlavaRegionError(f"the finished run left no adapter in {folder}")
+    tensors = _read_adapter(files[0])
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise LlavaRegionError(f"{files[0]} holds empty tensors, such as {empty[0]}: the run was not saved; see the checkpoints")
+    diverged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if diverged:
+        raise LlavaRegionError(f"{files[0]} holds values that are not finite, such as in {diverged[0]}: training diverged; see the losses")
+    layers = {layer_index(name) for name in tensors}
+    if layers != set(region.layers):
+        raise LlavaRegionError(f"{files[0]} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
+    # LoRA's B starts at zero, so a layer whose B are all zero was not trained
+    changed = {layer_index(name) for name, tensor in tensors.items() if ".lora_B." in name and bool((tensor != 0).any())}
+    if changed != set(region.layers):
+        raise LlavaRegionError(
+            f"layers {sorted(set(region.layers) - changed)} in {files[0]} were not changed by training; "
+            "was the learning rate 0 in every step, as in a run no longer than its warm-up?"
+        )
+    return len(tensors)
+
+
+def _read_adapter(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_full(folder: str | Path, region: Region) -> None:
+    """Re-read the headers of a finished full-tuning run: every region layer is there and none of its tensors is empty.
+
+    Raises:
+        LlavaRegionError: no model was saved, or layers are missing or empty.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        if any(Path(folder).glob("pytorch_model*.bin")):
+            return
+        raise LlavaRegionError(f"the finished run left no model in {folder}")
+    filled = set()
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            filled |= {layer_index(name) for name in f.keys() if 0 not in f.get_slice(name).get_shape()}  # noqa: SIM118
+    missing = sorted(set(region.layers) - filled)
+    if missing:
+        raise LlavaRegionError(f"layers {missing} are missing or empty in {folder}: the run was not saved; see the checkpoints")

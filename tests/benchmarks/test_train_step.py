@@ -1,0 +1,112 @@
+"""The benchmark of a training step, on the tiny shape: what it reports, not how fast this machine is."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("train_step", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(bench, name="tiny"):
+    shape = bench.SHAPES[name]
+    return bench.backbone(shape, torch.device("cpu")), shape
+
+
+@pytest.fixture(scope="module")
+def result(bench):
+    return bench.run("tiny", region="sparse:25%", repeats=2, supervised=0.25, region_memory=None)
+
+
+def test_every_mode_is_reported(bench, result, capsys, tmp_path):
+    json.dumps(result)
+    assert result["shape"] == "tiny" and result["device"] and list(result["modes"]) == list(bench.MODES)
+    for mode in result["modes"].values():
+        assert mode["seconds"] > 0 and mode["peak_bytes"] > 0 and mode["tokens_per_second"] == pytest.approx(128 / mode["seconds"])
+    assert result["modes"]["upstream"]["ratio"] == 1.0
+    recomputed = {name: mode["recomputed"] for name, mode in result["modes"].items()}
+    every = list(range(8))
+    assert recomputed == {"upstream": every, "paper": every, "region": [0, 7], "none": [], "auto": [], "full": []}
+    bench.show(result)
+    assert "upstream" in capsys.readouterr().out
+    bench.plot(result, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 1000
+
+
+def test_keeping_activations_takes_memory(result):
+    peaks = {name: mode["peak_bytes"] for name, mode in result["modes"].items()}
+    assert peaks["paper"] < peaks["region"] < peaks["none"] == peaks["auto"]
+
+
+@pytest.mark.parametrize("limit", ["4500KB", "3500KB", "3MB"])
+def test_auto_stays_under_a_limit(bench, result, limit):
+    limited = bench.run("tiny", region="sparse:25%", repeats=1, supervised=1.0, region_memory=limit, modes=("upstream", "none", "auto"))
+    auto = limited["modes"]["auto"]
+    assert auto["recomputed"] and auto["peak_bytes"] <= limited["region_memory_bytes"] < limited["modes"]["none"]["peak_bytes"]
+
+
+def test_all_modes_share_frozen_weights(bench):
+    base, _ = small(bench)
+    for layers, lora in ((range(8), True), ((0, 7), True), ((0, 7), False)):
+        model = bench.variant(base, layers, lora)
+        own = {name for name, p in model.named_parameters() if p.data_ptr() not in {q.data_ptr() for q in base.parameters()}}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert own == trained and {bench.checkpointing.layer_index(name) for name in trained} == set(layers)
+
+
+def test_modes_on_one_model_do_not_leak_into_each_other(bench):
+    base, shape = small(bench)
+    region = bench.Region.parse("sparse:25%", 8)
+    model = bench.variant(base, region.layers, True)
+    batch = bench.random_batch(shape, 0.5, torch.device("cpu"))
+    names, losses = ("paper", "region", "none", "paper"), []
+    for name in names:
+        mode = bench.Mode(name, model, region, shape, None)
+        mode.optimizer.step = lambda: None
+        mode.prepare()
+        torch.manual_seed(0)
+        mode.step(batch)
+        losses.append(mode.loss.item())
+        assert ("logits" in model(**batch)) == (name == "paper")
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_true_shapes(bench):
+    """Parameters of the published models, without their vision towers."""
+    for name, billions in (("llava-7b", 6.74), ("llava-13b", 13.02), ("bunny-8b", 8.03)):
+        model = bench.backbone(bench.SHAPES[name], torch.device("meta"))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_command_line(bench, capsys, tmp_path):
+    figure = tmp_path / "step.png"
+    assert bench.main(["--shape", "tiny", "--repeats", "1", "--json", "--plot", str(figure)]) == 0
+    assert set(json.loads(capsys.readouterr().out)["modes"]) == set(bench.MODES)
+    assert figure.is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--region", "sparse:99"], "sparse:99"),
+        (["--repeats", "0"], "--repeats must be 1 or more"),
+        (["--region_memory", "1KB"], "--region_memory 1 KB is too little"),
+        (["--region_memory", "lots"], "'lots' is no memory size"),
+    ],
+)
+def test_bad_input_is_one_line(bench, capsys, flags, message):
+    assert bench.main(["--shape", "tiny", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error

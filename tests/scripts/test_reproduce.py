@@ -1,0 +1,352 @@
+"""The drivers of scripts/reproduce: what they run, in which order, and that nothing is run twice."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.test_launchers import SCRIPTS, flags_of, run_script
+
+REPRODUCE = SCRIPTS / "reproduce"
+DRIVERS = sorted(path.stem for path in REPRODUCE.glob("*.sh") if path.stem != "common")
+VISUAL = "ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa"
+SPARSE_32 = ["all", "sparse:16", "sparse:8", "sparse:6", "sparse:4", "sparse:2", "sparse:1"]
+SPARSE_40 = ["all", "sparse:10", "sparse:9"]
+# Stands in for Python: does nothing but note the command and write the file that the real one writes last.
+FAKE_PYTHON = """#!/usr/bin/env bash
+set -euo pipefail
+args=("$@")
+output() { # FLAG
+    for ((i = 0; i < ${#args[@]}; i++)); do
+        [[ ${args[i]} != "$1" ]] || echo "${args[i + 1]}"
+    done
+}
+case " $* " in
+    *" check "*) exit ;;
+    *" llava_region.train "*) out=$(output --output_dir)/cost.json text='{}' ;;
+    *" llava_region eval "*)
+        out=$(output --out)/results.json
+        tasks=$(output --task)
+        text=$(printf '    "%s": {\\n' ${tasks//,/ })
+        [[ ! -f $out ]] || text+=$'\\n'$(cat "$out")
+        ;;
+    *" llava_region prune "*) out=$(output --out)/config.json text='{}' ;;
+    *" llava_region report "*)
+        out=$(output --out)
+        name=$(basename "$out")
+        [[ $name == figure* ]] && out=$out/$name.png || out=$out/$name.md
+        text=report
+        ;;
+    *) out=$(output --out) text='{}' ;;
+esac
+echo "$*" >>"$FAKE_LOG"
+[[ $(wc -l <"$FAKE_LOG") != "${FAKE_STOP:-}" ]] || exit 1
+mkdir -p "$(dirname "$out")"
+echo "$text" >"$out"
+"""
+
+
+def listed(driver, **env):
+    """The commands of a driver's dry run, each as its words."""
+    done = run_script(REPRODUCE / f"{driver}.sh", DRY_RUN=1, RESULTS="r", **env)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def kind(words):
+    if "llava_region" in words:
+        return words[words.index("llava_region") + 1]
+    return "train" if "llava_region.train" in words else "data"
+
+
+def of_kind(commands, name):
+    return [words for words in commands if kind(words) == name]
+
+
+def option(words, name):
+    """Values of an option, as often as it is given."""
+    return [words[i + 1] for i, word in enumerate(words) if word == name]
+
+
+def regions(commands):
+    return [option(words, "--tune_layers")[-1] for words in of_kind(commands, "train")]
+
+
+def test_every_table_and_figure_has_a_driver():
+    assert DRIVERS == ["figure2", "figure3", "figure4", "table1", "table2", "table3", "table4"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_training_is_the_launchers(driver):
+    """The drivers add the region and the folder to the launchers' command lines and change nothing else."""
+    for words in of_kind(listed(driver), "train"):
+        flags = flags_of(words)
+        model = {"llava-v1.5-7b": "llava_7b", "llava-v1.5-13b": "llava_13b", "bunny-llama3-8b": "bunny_llama3_8b"}[
+            Path(flags["--output_dir"]).name.split("-lora-")[0]
+        ]
+        plain = run_script(SCRIPTS / "train" / f"{model}.sh", DRY_RUN=1, NUM_GPUS=1)
+        expected = flags_of(shlex.split(plain.stdout))
+        changed = {name for name in expected if expected[name] != flags.get(name)}
+        assert changed <= {"--tune_layers", "--output_dir", "--data_path"} and flags.keys() == expected.keys()
+        assert "--data_path" not in changed or driver == "figure2"
+
+
+def test_table1_selects_by_place_and_by_importance():
+    commands = listed("table1")
+    heuristic = ["all", "sparse:8", "lower:8", "lower-middle:8", "upper-middle:8", "top:8", "hybrid:8"]
+    scores = "r/scores/bunny-llama3-8b-lora-all"
+    importance = [
+        f"{scores}-attention.json:image_attention:8", f"{scores}-weights.json:parameter_change:8",
+        f"{scores}-influence.json:block_influence:8", f"{scores}-influence.json:multimodal_block_influence:8",
+        f"{scores}-weights.json:angular_distance_weights:8",
+    ]  # fmt: skip
+    assert regions(commands) == heuristic + importance
+    assert all(option(words, "--task") == [VISUAL] for words in of_kind(commands, "eval"))
+    scored = {option(words, "--out")[0]: words for words in of_kind(commands, "score")}
+    assert set(scored) == {spec.split(":")[0] for spec in importance}
+    for spec in importance:  # scored before they are trained by, on the model that tunes all layers
+        file, metric, _ = spec.split(":")
+        assert metric in option(scored[file], "--metrics")[0].split(",")
+        assert scored[file][scored[file].index("score") + 1] == "r/runs/bunny-llama3-8b-lora-all"
+        assert commands.index(scored[file]) < next(i for i, words in enumerate(commands) if spec in option(words, "--tune_layers"))
+    assert option(scored[f"{scores}-influence.json"], "--limit") == ["1000"]
+    assert (
+        option(scored[f"{scores}-attention.json"], "--limit") == ["50"] and len(option(scored[f"{scores}-attention.json"], "--data")) == 4
+    )
+    report = commands[-1]
+    assert kind(report) == "report" and option(report, "--table") == ["1"] and option(report, "--baseline") == ["bunny-llama3-8b-lora-all"]
+    assert sum(word.startswith("r/eval/") for word in report) == 12
+
+
+@pytest.mark.parametrize(
+    ("driver", "specs", "tasks"),
+    [
+        ("table2", SPARSE_32, VISUAL),
+        ("table3", SPARSE_32 + SPARSE_40, VISUAL),
+        ("figure2", SPARSE_32 * 3, "ocrvqa,textvqa,tdiuc,gqa"),
+        ("figure3", SPARSE_32 * 2 + SPARSE_40, None),
+        ("table4", ["all", "sparse:8"] * 2, "mmlu,bbh"),
+        ("figure4", ["all", "sparse:8"], "ocrvqa,textvqa,docvqa,scienceqa"),
+    ],
+)
+def test_numbers_of_layers_and_tasks(driver, specs, tasks):
+    commands = listed(driver)
+    assert regions(commands) == specs
+    assert {option(words, "--task")[0] for words in of_kind(commands, "eval")} == ({tasks} if tasks else set())
+    number = driver[-1]
+    full = ["bunny-llama3-8b", "llava-v1.5-7b", "llava-v1.5-13b"] if driver != "figure3" else []
+    trained = {Path(option(words, "--output_dir")[0]).name for words in of_kind(commands, "train")}
+    assert set(option(commands[-1], "--baseline")) == {f"{name}-lora-all" for name in full} & trained
+    assert option(commands[-1], "--table" if driver.startswith("table") else "--figure") == [number]
+
+
+def test_figure2_trains_on_nested_parts():
+    commands = listed("figure2")
+    parts = {option(words, "--out")[0]: option(words, "--fraction")[0] for words in of_kind(commands, "subset")}
+    assert parts == {"r/data/bunny_695k-data-25pct.json": "25%", "r/data/bunny_695k-data-10pct.json": "10%"}
+    assert {option(words, "--seed")[0] for words in of_kind(commands, "subset")} == {"0"}  # the seed makes them nested
+    data = [flags_of(words)["--data_path"] for words in of_kind(commands, "train")]
+    assert data == [path for path in ("data/finetune/bunny_695k.json", *parts) for _ in SPARSE_32]
+    assert len({flags_of(words)["--output_dir"] for words in of_kind(commands, "train")}) == 21
+    assert "bunny-llama3-8b-lora-sparse-8-data-10pct=10" in option(commands[-1], "--data-scale")
+
+
+def test_figure3_reports_what_was_trained():
+    commands = listed("figure3")
+    trained = [flags_of(words)["--output_dir"] for words in of_kind(commands, "train")]
+    assert [word for word in commands[-1] if word.startswith("r/runs/")] == trained and len(trained) == 17
+
+
+def test_table4_asks_the_backbones_too():
+    evals = of_kind(listed("table4"), "eval")
+    assert [words[words.index("eval") + 1] for words in evals if "--base" not in words] == [
+        "meta-llama/Meta-Llama-3-8B-Instruct", "lmsys/vicuna-7b-v1.5",
+    ]  # fmt: skip
+
+
+def test_figure4_prunes_outside_the_region():
+    commands = listed("figure4")
+    prunes = of_kind(commands, "prune")
+    assert [option(words, "--drop")[0] for words in prunes] == ["1", "2", "3", "4"] * 2
+    full, region = prunes[:4], prunes[4:]
+    assert all(option(words, "--protect") == ["none"] for words in full)
+    assert not any("--protect" in words for words in region)  # the region is protected without being named
+    for words, spec in zip(prunes, ["all"] * 4 + ["sparse-8"] * 4, strict=True):
+        assert option(words, "--scores") == [f"r/scores/llava-v1.5-7b-lora-{spec}-angles.json"]
+        assert words[words.index("prune") + 1] == f"r/runs/llava-v1.5-7b-lora-{spec}"  # each anew from the whole model
+    pruned = [words[words.index("eval") + 1] for words in of_kind(commands, "eval") if "--base" not in words]
+    assert pruned == [option(words, "--out")[0] for words in prunes]
+    assert len([word for word in commands[-1] if word.startswith("r/eval/")]) == 10
+
+
+def test_settings_of_one_model_go_before_the_common_ones():
+    commands = listed("table3", MODEL="/m/any", DATA="d.json", LLAVA_13B_MODEL="/m/vicuna 13b", LLAVA_13B_PROJECTOR="", IMAGES="im")
+    flags = [flags_of(words) for words in of_kind(commands, "train")]
+    small, large = flags[0], flags[-1]
+    assert (small["--model_name_or_path"], large["--model_name_or_path"]) == ("/m/any", "/m/vicuna 13b")
+    assert "--pretrain_mm_mlp_adapter" in small and "--pretrain_mm_mlp_adapter" not in large
+    assert small["--data_path"] == large["--data_path"] == "d.json" and large["--image_folder"] == "im"
+    bases = {option(words, "--base")[0] for words in of_kind(commands, "eval")}
+    assert bases == {"/m/any", "/m/vicuna 13b"}
+
+
+def test_gpus_and_a_bunny_checkout_reach_every_step():
+    commands = listed("table1", NUM_GPUS=4, BUNNY_ROOT="/src/Bunny")
+    assert all(words[:2] == ["env", "PYTHONPATH=/src/Bunny"] for words in commands if kind(words) != "data")
+    for words in of_kind(commands, "eval") + of_kind(commands, "score"):
+        assert option(words, "--nproc_per_node") == ["4"]
+    assert "--nproc_per_node" not in commands[-1]
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Run a driver with a stand-in for Python; returns the commands that were run."""
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    log = tmp_path / "log"
+
+    def run(driver, ok=True, **env):
+        log.write_text("")
+        env = {"PYTHON": python, "FAKE_LOG": log, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "LAUNCHER": "python", **env}
+        done = run_script(REPRODUCE / f"{driver}.sh", **env)
+        assert (done.returncode == 0) == ok, done.stderr
+        return [shlex.split(line) for line in log.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_finished_steps_are_not_run_again(fake, driver):
+    first = fake(driver)
+    assert [kind(words) for words in first] == [kind(words) for words in listed(driver, LAUNCHER="python", NUM_GPUS=1)]
+    assert fake(driver) == []
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 9])
+def test_driver_goes_on_at_the_step_that_failed(fake, stop):
+    """A step that fails ends the driver; started again, it does that step and the ones after it."""
+    before = fake("table2", ok=False, FAKE_STOP=stop)
+    assert len(before) == stop
+    after = fake("table2")
+    assert after[0] == before[-1]
+    assert len(before) - 1 + len(after) == 7 * 2 + 1
+
+
+def test_tables_share_runs(fake):
+    fake("table1")
+    again = fake("table2")
+    assert regions(again) == ["sparse:16", "sparse:6", "sparse:4", "sparse:2", "sparse:1"]
+    assert regions(fake("figure3", MODELS="bunny_llama3_8b")) == []
+    # the same models are asked the tasks that they have not been asked
+    assert [kind(words) for words in fake("table4", MODELS="bunny_llama3_8b")] == ["eval"] * 3 + ["report"]
+
+
+def test_report_is_made_anew_from_a_younger_evaluation(fake, tmp_path):
+    fake("table2", SPECS="all sparse:8")
+    results = tmp_path / "results/eval/bunny-llama3-8b-lora-all/results.json"
+    later = time.time() + 60
+    os.utime(results, (later, later))
+    assert [kind(words) for words in fake("table2", SPECS="all sparse:8")] == ["report"]
+
+
+def test_step_without_its_output_is_an_error(tmp_path):
+    done = run_script(REPRODUCE / "table2.sh", PYTHON="true", RESULTS=tmp_path, NUM_GPUS=1, LAUNCHER="python")
+    assert done.returncode == 2 and "ended without" in done.stderr
+
+
+def test_missing_inputs_cost_no_training(tmp_path):
+    from tests.helpers.data_roots import write_scienceqa
+
+    def refused(driver, **settings):
+        settings = {"PYTHON": sys.executable, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "EVAL_DATA": tmp_path, **settings}
+        done = run_script(REPRODUCE / f"{driver}.sh", **settings)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "results").exists()
+        return done.stderr
+
+    assert "unknown task 'gqqa'" in refused("table3", TASKS="gqqa")
+    assert "lacks mmlu/dev/" in refused("table4")
+    write_scienceqa(tmp_path)
+    assert "flickr holds no images" in refused("figure4", TASKS="scienceqa", FLICKR_IMAGES=tmp_path / "flickr")
+
+
+def test_training_can_be_submitted(fake, tmp_path):
+    """TRAIN_WITH stands before every launcher, and nothing else."""
+    submit = tmp_path / "submit"
+    submit.write_text('#!/bin/sh\necho "submitted $*" >>"$FAKE_LOG"\nexec "$@"\n')
+    submit.chmod(0o755)
+    commands = fake("table2", SPECS="all", TRAIN_WITH=f"{submit}", TRAIN_FLAGS="--max_steps 5")
+    assert commands[0][0] == "submitted" and commands[0][1].endswith("bunny_llama3_8b.sh") and commands[0][2:] == ["--max_steps", "5"]
+    assert [kind(words) for words in commands[1:]] == ["train", "eval", "report"]
+
+
+@pytest.fixture
+def tiny_driver(tiny, tmp_path):
+    """Start table3.sh with the tiny model on CPU; returns (start, results): two regions, one benchmark of a few questions."""
+    pytest.importorskip("llava.train.train")
+    from tests.helpers.data_roots import write_scienceqa
+    from tests.helpers.training_runs import environment
+
+    write_scienceqa(tmp_path / "eval data")
+    settings = {
+        "LLAVA_7B_MODEL": tiny.backbone, "LLAVA_7B_SPECS": "all sparse:2", "MODELS": "llava_7b", "VISION_TOWER": tiny.vision_tower,
+        "PROJECTOR": "", "DATA": tiny.data, "IMAGES": tiny.images, "EVAL_DATA": tmp_path / "eval data", "TASKS": "scienceqa",
+        "RESULTS": tmp_path / "my results", "LAUNCHER": "python", "ZERO": "none", "NUM_GPUS": 1, "GLOBAL_BATCH": 4, "SAVE_STEPS": 2,
+        "TRAIN_FLAGS": "--use_cpu True --bf16 False --tf32 False --dataloader_num_workers 0 --lora_r 8 --max_steps 8",
+        "EVAL_FLAGS": "--device cpu", "PYTHON": sys.executable,
+    }  # fmt: skip
+    env = environment(**{name: str(value) for name, value in settings.items()})
+    log = (tmp_path / "log").open("w")
+
+    def start():
+        command = ["bash", str(REPRODUCE / "table3.sh")]
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    yield start, tmp_path / "my results"
+    log.close()
+
+
+def kill_when(run, path):
+    """SIGKILL to the driver and what it runs, as soon as the file is there."""
+    deadline = time.monotonic() + 240
+    while not path.is_file():
+        assert run.poll() is None, "the driver ended by itself"
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def ages(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_table3_for_real_killed_twice(tiny_driver, tmp_path):
+    """Killed in a training and between two steps, the driver ends with all its outputs; started again it runs nothing."""
+    start, results = tiny_driver
+    runs = {spec: results / "runs" / f"llava-v1.5-7b-lora-{spec}" for spec in ("all", "sparse-2")}
+    kill_when(start(), runs["all"] / "checkpoint-2" / "region.json")  # a checkpoint's last file
+    assert not (runs["all"] / "cost.json").exists()
+    kill_when(start(), runs["all"] / "cost.json")
+    finished = ages(runs["all"])
+    assert start().wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
+
+    assert ages(runs["all"]) == finished  # trained once
+    assert json.loads((runs["all"] / "cost.json").read_text())["steps"] == 8
+    second = (tmp_path / "log").read_text().split("step: env")[2]
+    assert "{'loss'" in second and "'epoch': 0.06}" not in second, "the second start trained from the start"
+    for spec, layers in (("all", list(range(8))), ("sparse-2", [0, 7])):
+        evaluation = json.loads((results / "eval" / runs[spec].name / "results.json").read_text())
+        assert evaluation["region"]["layers"] == layers and evaluation["tasks"]["scienceqa"]["n"] > 0
+    assert "2 layers" in (results / "table3/table3.md").read_text()
+
+    before = ages(results)
+    assert start().wait(timeout=60) == 0
+    assert ages(results) == before
