@@ -1,21 +1,55 @@
-"""Find the decoder layers of the language model in a LLaVA or Bunny model, never those of its vision tower."""
+"""Tell the parts of a model apart by the names of its parameters, and find the decoder layers of its language model.
+
+Which names there are is what the upstreams declare (`Parts`); a parameter that nobody declared is an error, so that
+nothing is trained or frozen by default.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llava_region.errors import LlavaRegionError
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Everything of a multimodal model that is not the language model.
-PROJECTOR = ("mm_projector", "vision_resampler", "image_newline")
-VISION = ("vision_tower",)
-# `model.layers.3.`: Llama, Mistral, Phi, Phi-3, Qwen2, StableLM, MiniCPM. `transformer.blocks.3.`: MPT. Wrappers
-# (PEFT's `base_model.model.`, DeepSpeed's and DDP's `module.`) may stand before.
-_LAYER = re.compile(r"(?:^|\.)(?:model\.layers|transformer\.blocks)\.(\d+)(?=\.|$)")
+Part = Literal["layer", "projector", "vision", "embeddings", "head"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How an upstream names the parts of its models.
+
+    Attributes:
+        layers: dotted names of the list of decoder layers, such as `model.layers`. Wrappers (PEFT's `base_model.model.`,
+            DeepSpeed's and DDP's `module.`) may come before.
+        projector: components of a dotted name that say that it belongs to the projector.
+        vision: the same for the vision tower, whose own layers are never decoder layers.
+        embeddings: the same for what the language model has in front of its decoder layers.
+        head: the same for what it has behind them: final norm and language modelling head.
+        config_prefixes: how settings of the vision part begin in `config.json`.
+    """
+
+    layers: tuple[str, ...]
+    projector: tuple[str, ...]
+    vision: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    head: tuple[str, ...]
+    config_prefixes: tuple[str, ...] = ()
+
+    def __or__(self, other: Parts) -> Parts:
+        """The names of both."""
+        return Parts(*(tuple(dict.fromkeys(getattr(self, f.name) + getattr(other, f.name))) for f in fields(Parts)))
+
+    @cached_property
+    def layer_pattern(self) -> re.Pattern[str]:
+        """Matches `model.layers.3.`; group 1 is the number."""
+        names = "|".join(map(re.escape, self.layers))
+        return re.compile(rf"(?:^|\.)(?:{names})\.(\d+)(?=\.|$)")
 
 
 class DecoderLayers(NamedTuple):
@@ -23,6 +57,34 @@ class DecoderLayers(NamedTuple):
 
     prefix: str
     modules: nn.ModuleList
+
+
+def declared() -> Parts:
+    """What all upstreams declare."""
+    from llava_region import upstreams
+
+    return upstreams.parts()
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that a parameter of this dotted name belongs to.
+
+    Raises:
+        LlavaRegionError: a name that no upstream declares.
+
+    >>> part_of("base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight")
+    'layer'
+    """
+    if layer_index(name) is not None:
+        return "layer"
+    parts, components = declared(), set(name.split("."))
+    for part in ("vision", "projector", "embeddings", "head"):
+        if components & set(getattr(parts, part)):
+            return part
+    raise LlavaRegionError(
+        f"'{name}' belongs to no part of a model that is known here (decoder layers, projector, vision tower, embeddings, head), "
+        "so it is not known whether it should train; declare it in the 'parts' of the upstream"
+    )
 
 
 def layer_index(name: str) -> int | None:
@@ -35,7 +97,7 @@ def layer_index(name: str) -> int | None:
     """
     if is_vision(name) or is_projector(name):
         return None
-    match = _LAYER.search(name)
+    match = declared().layer_pattern.search(name)
     return int(match[1]) if match else None
 
 
@@ -45,18 +107,26 @@ def with_layer_index(name: str, index: int) -> str:
     >>> with_layer_index("model.layers.3.self_attn.q_proj.weight", 2)
     'model.layers.2.self_attn.q_proj.weight'
     """
-    start, end = _LAYER.search(name).span(1)
+    match = declared().layer_pattern.search(name)
+    if match is None:
+        raise ValueError(f"'{name}' is not in a decoder layer")
+    start, end = match.span(1)
     return f"{name[:start]}{index}{name[end:]}"
 
 
 def is_projector(name: str) -> bool:
-    """Whether a parameter of this name belongs to the projector (or resampler, or LLaVA-1.6's image newline)."""
-    return any(part in PROJECTOR for part in name.split("."))
+    """Whether a parameter of this name belongs to the projector (or resampler, or another part between tower and layers)."""
+    return any(component in declared().projector for component in name.split("."))
 
 
 def is_vision(name: str) -> bool:
     """Whether a parameter of this name belongs to the vision tower."""
-    return any(part in VISION for part in name.split("."))
+    return any(component in declared().vision for component in name.split("."))
+
+
+def is_embeddings(name: str) -> bool:
+    """Whether a parameter of this name belongs to the language model's token embeddings."""
+    return not is_vision(name) and any(component in declared().embeddings for component in name.split("."))
 
 
 def find_decoder_layers(model: nn.Module) -> DecoderLayers:
@@ -67,20 +137,21 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
     """
     from torch import nn
 
-    found = [
-        DecoderLayers(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and layer_index(f"{name}.0") == 0 and _LAYER.search(f"{name}.0").end() == len(name) + 2
-    ]
+    pattern = declared().layer_pattern
+    found = []
+    for name, module in model.named_modules():
+        match = pattern.search(f"{name}.0") if isinstance(module, nn.ModuleList) and layer_index(f"{name}.0") == 0 else None
+        if match and match.end() == len(name) + 2:
+            found.append(DecoderLayers(name, module))
     if len(found) != 1:
         raise LlavaRegionError(
             f"{type(model).__name__} has {len(found)} lists of decoder layers ({', '.join(f.prefix for f in found) or 'none'}); "
-            "allowed: one, called 'model.layers' (Llama, Mistral, Phi, Qwen2...) or 'transformer.blocks' (MPT)"
+            f"allowed: one, called {' or '.join(map(repr, declared().layers))}"
         )
     return found[0]
 
 
-def linear_modules(model: nn.Module, layers) -> list[str]:
+def linear_modules(model: nn.Module, layers: Iterable[int]) -> list[str]:
     """Full dotted names of the linear modules within the given decoder layers, in model order.
 
     `bnb.nn.Linear4bit` and `Linear8bitLt` are `nn.Linear` themselves, so quantised models are covered. Modules that

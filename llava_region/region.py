@@ -137,16 +137,13 @@ def num_layers_of(model: str | Path) -> int:
     Raises:
         LlavaRegionError: no such folder, no `config.json`, or no layer count in it.
     """
+    from llava_region.checkpoints.source import num_layers_in
+
     path = Path(model)
     path = path if path.is_file() else path / CONFIG_FILE
     if not path.is_file():
         raise LlavaRegionError(f"{model} holds no config.json; give the folder of a model")
-    config = read_json(path)
-    config = (config.get("text_config") or config) if isinstance(config, dict) else {}
-    for key in ("num_hidden_layers", "n_layers", "n_layer"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    raise LlavaRegionError(f"{path} names no 'num_hidden_layers' (or 'n_layers'), so the layers cannot be counted")
+    return num_layers_in(read_json(path), str(path))
 
 
 def parse_count(text: str, num_layers: int, spec: str) -> int:

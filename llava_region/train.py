@@ -6,117 +6,180 @@ Picks the upstream, checks what can be checked before weights load, hooks its tr
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import importlib.util
 import os
 import sys
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llava_region import upstreams
 from llava_region.errors import LlavaRegionError
 
-UPSTREAMS = ("llava", "bunny")
-USAGE = "python -m llava_region.train (llava|bunny|PATH/TO/llava/train/train_mem.py) <upstream flags> --tune_layers sparse:25%"
+if TYPE_CHECKING:
+    from llava_region.training.preflight import Preflight
+    from llava_region.upstreams import Upstream
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        upstream: None where only help was asked for.
+        script: file name of the upstream's train script.
+        flags: the rest of the command line; own: those of this package's flags that it has.
+    """
+
+    upstream: Upstream | None
+    script: str
+    flags: list[str]
+    own: tuple[str, ...] = ()
+
+    @property
+    def help(self) -> bool:
+        return "--help" in self.flags or "-h" in self.flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a training; bad input prints one `error: ...` line on stderr and returns 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        upstream, script, flags = pick_upstream(argv)
-        if "--help" in flags or "-h" in flags:
-            return show_help(upstream)
-        train(upstream, script, flags)
+        request = parse(argv)
+        if request.help:
+            show_help(request.upstream)
+        elif request.own:
+            train_region(request)
+        else:
+            train_untouched(request)
     except LlavaRegionError as e:
-        # once a node: what is wrong may be wrong on one node alone
+        # once per node: what is wrong may be wrong on one node alone
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
         return 2
     return 0
 
 
-def pick_upstream(argv: list[str]):
+def usage() -> str:
+    """The command line in short."""
+    names = "|".join(upstreams.names())
+    return f"python -m llava_region.train ({names}|PATH/TO/upstream/train.py) <upstream flags> --tune_layers sparse:25%"
+
+
+def parse(argv: list[str]) -> Request:
     """Split a command line into upstream, train script and the upstream's flags.
 
     The deepspeed launcher puts `--local_rank=N` in front of all else, so the name is the first argument without dashes.
-
-    Returns:
-        (hooks module `llava_region.patches.NAME`, script's file name, flags).
+    A train script's checkout is put first on the path.
 
     Raises:
-        LlavaRegionError: neither `llava`, `bunny` nor the path of one of their train scripts.
+        LlavaRegionError: neither an upstream's name nor the path of one of its train scripts.
     """
     at = next((i for i, arg in enumerate(argv) if not arg.startswith("-")), None)
     before = argv[:at]
     if at is None or any(not arg.startswith(("--local_rank=", "--local-rank=")) for arg in before):
         if "--help" in argv or "-h" in argv:
-            return None, "", argv
-        raise LlavaRegionError(f"the upstream to train with is not named; usage: {USAGE}")
-    name, flags = argv[at], before + argv[at + 1 :]
-    if name in UPSTREAMS:
-        return import_module(f"llava_region.patches.{name}"), "train.py", flags
+            return Request(None, "", argv)
+        raise LlavaRegionError(f"the upstream to train with is not named; usage: {usage()}")
+    upstream, script = pick_upstream(argv[at])
+    flags = before + argv[at + 1 :]
+    return Request(upstream, script, flags, own_flags(flags))
+
+
+def pick_upstream(name: str) -> tuple[Upstream, str]:
+    """The upstream of a name, or of the path of a train script, and the script's file name.
+
+    Raises:
+        LlavaRegionError: neither.
+    """
+    if name in upstreams.names():
+        return upstreams.get(name), "train.py"
     path = Path(name)
     if not path.is_file():
         raise LlavaRegionError(
-            f"'{name}' is neither an upstream nor a file; allowed: {', '.join(UPSTREAMS)}, or the path of their train script"
+            f"'{name}' is neither an upstream nor a file; allowed: {', '.join(upstreams.names())}, or the path of their train script"
         )
-    for upstream in UPSTREAMS:
-        hooks = import_module(f"llava_region.patches.{upstream}")
-        root = hooks.checkout_of(path)
+    for upstream in upstreams.every():
+        root = upstream.checkout_of(path)
         if root is not None:
             sys.path.insert(0, str(root))
-            return hooks, path.name, flags
-    raise LlavaRegionError(f"'{name}' is no train script of LLaVA (llava/train/train*.py) or Bunny (bunny/train/train.py)")
+            return upstream, path.name
+    scripts = " or ".join(f"{u.title} ({u.train_module_name.rpartition('.')[0].replace('.', '/')}/train*.py)" for u in upstreams.every())
+    raise LlavaRegionError(f"'{name}' is not a train script of {scripts}")
 
 
-def train(upstream, script: str, flags: list[str]) -> None:
-    """Run the upstream's train() on its flags, hooked if they hold --tune_layers.
+def own_flags(flags: list[str]) -> tuple[str, ...]:
+    """Those of this package's flags that a command line has."""
+    from llava_region.training.arguments import OWN_FLAGS
+
+    given = [arg.split("=")[0].replace("-", "_") for arg in flags]
+    return tuple(sorted(flag for flag in OWN_FLAGS if flag.replace("-", "_") in given))
+
+
+def train_untouched(request: Request) -> None:
+    """Run the upstream's train() as it is.
+
+    Raises:
+        LlavaRegionError: the upstream is not installed, or a flag looks like a misspelt one of ours.
+    """
+    upstream = _upstream_of(request)
+    upstream.train_module()
+    sys.argv = [sys.argv[0], *request.flags]
+    refuse_misspelt(request.flags)
+    upstream.entry(request.script)()
+
+
+def train_region(request: Request) -> None:
+    """Check the flags, and either show what they would do (`--dry_run`) or run the upstream's train(), hooked.
 
     Raises:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
-    from llava_region.training.arguments import OWN_FLAGS
+    from llava_region.training import dry_run, preflight
 
-    given = [arg.split("=")[0].replace("-", "_") for arg in flags]
-    own = sorted(flag for flag in OWN_FLAGS if flag.replace("-", "_") in given)
-    module = upstream.train_module()
-    sys.argv = [sys.argv[0], *flags]
-    if not own:
-        refuse_misspelt(flags)
-        upstream.entry(script)()
-        return
-    if "--tune_layers" not in own:
-        raise LlavaRegionError(f"{own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
-    from llava_region.training import preflight
-    from llava_region.training.gloo_order import wait_for_every_gather
-
-    checked = preflight.check(upstream, module, flags)
-    args = checked.args
-    if args.dry_run:
-        from llava_region.training.dry_run import show
-
+    upstream = _upstream_of(request)
+    upstream.train_module()
+    sys.argv = [sys.argv[0], *request.flags]
+    if "--tune_layers" not in request.own:
+        raise LlavaRegionError(f"{request.own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
+    checked = preflight.check(upstream, request.flags)
+    if checked.args.dry_run:
         if os.environ.get("RANK", "0") == "0":
-            show(upstream, checked)
+            dry_run.show(checked, dry_run.estimate(upstream, checked))
         return
-    if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
-        raise LlavaRegionError(
-            f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or '{upstream.NAME}' instead"
-        )
-    if args.region_memory:
-        from llava_region.training.dry_run import check_region_memory
+    upstream.check_script(request.script)
+    if checked.args.region_memory:
+        dry_run.check_region_memory(upstream, checked)
+    launch(upstream, request.script, checked)
 
-        check_region_memory(upstream, checked)
+
+def launch(upstream: Upstream, script: str, checked: Preflight) -> None:
+    """Run the upstream's train() under the hooks.
+
+    Raises:
+        LlavaRegionError: a run that would be silently wrong.
+    """
     import torch
     import transformers
 
+    from llava_region.training.gloo_order import wait_for_every_gather
+
+    args = checked.args
     if args.deepspeed and not torch.cuda.is_available():
         wait_for_every_gather()
     # upstream seeds only when the trainer is built, after LoRA and projector were drawn: two runs would never be alike
     transformers.set_seed(args.seed)
     run = upstream.entry(script)
-    options = {"upstream_version": upstream.version(), "base_model": args.model_name_or_path}
+    options = {"upstream_version": upstream.version(), "base_model": checked.recipe.model}
     with upstream.applied(checked.region, fix_generation_config=args.fix_generation_config, **options):
         run()
+
+
+def _upstream_of(request: Request) -> Upstream:
+    if request.upstream is None:
+        raise LlavaRegionError(f"the upstream to train with is not named; usage: {usage()}")
+    return request.upstream
 
 
 def refuse_misspelt(flags: list[str]) -> None:
@@ -133,24 +196,19 @@ def refuse_misspelt(flags: list[str]) -> None:
             raise LlavaRegionError(f"unrecognized argument: {flag}; did you mean {meant[0]}?")
 
 
-def show_help(upstream) -> int:
-    """Print our own flags, and where the upstream's are."""
-    import dataclasses
-
+def show_help(upstream: Upstream | None) -> None:
+    """Print our own flags, and the upstream's after them."""
     from llava_region.training.arguments import RegionArguments
 
-    about = __doc__.split("\n\n", 1)[1].strip()  # without the usage line
-    print(f"usage: {USAGE}\n\n{about}\n\nflags beside the upstream's own:")
+    about = str(__doc__).split("\n\n", 1)[1].strip()  # without the usage line
+    print(f"usage: {usage()}\n\n{about}\n\nflags in addition to the upstream's own:")
     for field in dataclasses.fields(RegionArguments):
         print(f"  --{field.name:<24} {field.metadata['help'].replace('%%', '%')}")
     if upstream is not None:
         import transformers
 
-        from llava_region.patches.seams import argument_classes
-
-        print(f"\n{upstream.TITLE}'s flags:")
-        transformers.HfArgumentParser(argument_classes(upstream.train_module())[:2]).print_help()
-    return 0
+        print(f"\n{upstream.title}'s flags:")
+        transformers.HfArgumentParser(upstream.argument_classes()[:2]).print_help()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""The seams that LLaVA and Bunny share: names in the module that defines their train(), rebound and put back.
-
-Both upstreams look up TrainingArguments, find_all_linear_names and the trainer class in that module's globals, so
-rebinding a name there is enough. The module that defines a trainer is never touched: upstream writes
-`super(LLaVATrainer, self)`, and a subclass bound under that name would call itself for ever.
-"""
+"""Import an upstream's modules, check the symbols that the hooks need, and rebind names for the length of a block."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from llava_region.errors import UnsupportedUpstream
-from llava_region.training.arguments import extend_arguments
-from llava_region.training.trainer import RegionRun, finish, region_trainer
 
 
-def import_upstream(name: str, title: str, mend: str) -> ModuleType:
+def import_upstream(name: str, title: str, fix: str) -> ModuleType:
     """Import a module of an upstream.
+
+    Args:
+        fix: what a user has to do to have it.
 
     Raises:
         UnsupportedUpstream: it is not installed, or fails to import; says how to get it.
@@ -26,11 +24,11 @@ def import_upstream(name: str, title: str, mend: str) -> ModuleType:
     try:
         return import_module(name)
     except Exception as e:  # transformers' lazy modules raise RuntimeError, clashing model types ValueError
-        raise UnsupportedUpstream(f"cannot import {name} of {title}: {e}; {mend}") from e
+        raise UnsupportedUpstream(f"cannot import {name} of {title}: {e}; {fix}") from e
 
 
-def require(module: ModuleType, symbol: str, tested: str, parameters: tuple[str, ...] | None = None):
-    """The symbol of an upstream module, after checking that it is there and takes the parameters that a hook relies on.
+def require(module: ModuleType | type, symbol: str, tested: str, parameters: tuple[str, ...] | None = None) -> Any:
+    """The symbol of an upstream module, after checking that it exists and takes the parameters that a hook relies on.
 
     Raises:
         UnsupportedUpstream: names the dotted path and the tested commit.
@@ -60,8 +58,8 @@ def require_fields(module: ModuleType, symbol: str, tested: str, fields: tuple[s
 
 
 @contextmanager
-def rebound(module: ModuleType, **names):
-    """Bind names in a module for the length of the block; what stood there before is put back, also after an error."""
+def rebound(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Bind names in a module for the length of the block; what they were before is put back, also after an error."""
     before = {name: getattr(module, name) for name in names}
     try:
         for name, value in names.items():
@@ -70,26 +68,3 @@ def rebound(module: ModuleType, **names):
     finally:
         for name, value in before.items():
             setattr(module, name, value)
-
-
-@contextmanager
-def hooked(module: ModuleType, trainer: str, run: RegionRun):
-    """Bind a run's hooks in the module that defines the upstream's train(), and check and complete what it saved at the end.
-
-    Args:
-        trainer: name of the trainer class in that module.
-    """
-    names = {
-        "TrainingArguments": extend_arguments(module.TrainingArguments),
-        "find_all_linear_names": run.find_linear_names,
-        trainer: region_trainer(getattr(module, trainer), run),
-        "safe_save_model_for_hf_trainer": run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
-    }
-    with rebound(module, **names):
-        yield
-        finish(run)
-
-
-def argument_classes(module: ModuleType) -> tuple[type, type, type]:
-    """The three dataclasses that train() parses its command line into, ours in place of TrainingArguments."""
-    return module.ModelArguments, module.DataArguments, extend_arguments(module.TrainingArguments)

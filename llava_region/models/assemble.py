@@ -30,10 +30,10 @@ def quiet_errors(folder: Path):
         logging.set_verbosity(before)
 
 
-def load_text(half, folder: Path, config: dict, options: dict):
+def load_text(side, folder: Path, config: dict, options: dict):
     """A plain language model through transformers, and the tokenizer as the upstream loads it."""
     attention = {"attn_implementation": options["attn_implementation"]} if options["attn_implementation"] else {}
-    model, info = half.text_model_class(config).from_pretrained(
+    model, info = side.text_model_class(config).from_pretrained(
         folder,
         torch_dtype=options["dtype"],
         device_map=options["device_map"],
@@ -42,24 +42,24 @@ def load_text(half, folder: Path, config: dict, options: dict):
         **attention,
     )
     _refuse_incomplete(model, info, folder)
-    return model, half.load_tokenizer(folder, config)
+    return model, side.load_tokenizer(folder, config)
 
 
-def load_multimodal(half, folder: Path, base: Path | None, settings: Path, options: dict):
-    """A model, or an adapter or projector on its base, through the upstream's half; returns model, tokenizer, image processor.
+def load_multimodal(side, folder: Path, base: Path | None, settings: Path, options: dict):
+    """A model, or an adapter or projector on its base, through the upstream's model side; returns model, tokenizer, image processor.
 
     Args:
         settings: folder of the config to build the model of.
-        options: dtype, device_map and attn_implementation, as for the half's `build`.
+        options: dtype, device_map and attn_implementation, as for its `build`.
     """
     weights = base or folder
-    model, tokenizer, info = half.build(weights, settings, **options)
+    model, tokenizer, info = side.build(weights, settings, **options)
     extra = _trained_beside(folder) if base else {}
     _refuse_incomplete(model, info, weights, extra)
     _put(model, extra, folder)
     if (folder / "adapter_config.json").is_file():
         model = _merge_adapter(model, folder)
-    processor = half.attach_vision(model, tokenizer, weights, extra)
+    processor = side.attach_vision(model, tokenizer, weights, extra)
     return model, tokenizer, processor
 
 

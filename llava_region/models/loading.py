@@ -1,21 +1,19 @@
-"""Load a finished model of either upstream and put questions and images to it, the same way for both.
+"""Load a finished model of any upstream and put questions and images to it, the same way for all.
 
-The upstream's own classes, templates and image handling are used (`llava_region.patches.llava_model` and `.bunny_model`);
-here is what they share: LoRA runs on their base, batches with the true positions of the image tokens, greedy generation.
+The upstream's own classes, templates and image handling are used (its `ModelSide`); here is what all share: LoRA runs on
+their base, batches with the true positions of the image tokens, greedy generation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_region import upstreams
 from llava_region.checkpoints.model_folder import locate
 from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import find_decoder_layers
@@ -24,8 +22,10 @@ from llava_region.files import read_json
 from llava_region.models.assemble import load_multimodal, load_text, quiet_errors
 from llava_region.region import num_layers_of
 
+if TYPE_CHECKING:
+    from llava_region.upstreams import ModelSide
+
 IGNORE = -100
-IMAGE = -200
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
@@ -62,7 +62,7 @@ class LoadedModel:
     template: str
     num_layers: int
     folder: Path
-    half: ModuleType  # llava_region.patches.llava_model or .bunny_model
+    side: ModelSide
 
     @property
     def device(self) -> torch.device:
@@ -80,11 +80,11 @@ class LoadedModel:
 
     def prompt(self, question: str, images: int = 0) -> str:
         """The question after `images` image placeholders in the model's conversation template, with an empty answer."""
-        return self.half.prompt(self.template, question, images, self.model.config)
+        return self.side.prompt(self.template, question, images, self.model.config)
 
     def input_ids(self, prompt: str) -> torch.LongTensor:
-        """Token ids (T,) of a prompt, -200 for each `<image>`."""
-        return self.half.input_ids(prompt, self.tokenizer)
+        """Token ids (T,) of a prompt, negative for each `<image>`."""
+        return self.side.input_ids(prompt, self.tokenizer)
 
     def pixel_values(self, image) -> torch.Tensor:
         """A PIL image as the vision tower takes it: (3, H, W), padded to a square where the config says `pad`.
@@ -94,20 +94,20 @@ class LoadedModel:
         """
         if self.image_processor is None:
             raise LlavaRegionError(f"{self.folder} is a language model without a vision tower; give it text only")
-        return self.half.pixel_values(image.convert("RGB"), self.image_processor, self.model.config)
+        return self.side.pixel_values(image.convert("RGB"), self.image_processor, self.model.config)
 
     def example(self, record: dict) -> tuple[torch.LongTensor, torch.LongTensor]:
         """A LLaVA-format record through the training template: ids (T,) and labels (T,), -100 but on answers and their EOS.
 
         Where the upstream's own preprocessing gives a record up (it prints a tokenisation mismatch), every label is -100.
         """
-        return self.half.example(record, self.tokenizer, self.template, self.model.config)
+        return self.side.example(record, self.tokenizer, self.template, self.model.config)
 
     def embed(self, input_ids, images, labels=None, padding_side: str = "right") -> Embedded:
         """Put image features in the place of their placeholders and pad to a batch.
 
         Args:
-            input_ids: a list of (T,) with placeholders -200.
+            input_ids: a list of (T,) with negative placeholders.
             images: for each sample, its images in order, each (3, H, W).
             labels: a list of (T,), or None.
 
@@ -115,8 +115,8 @@ class LoadedModel:
             LlavaRegionError: a sample has another number of images than placeholders.
         """
         for i, (ids, pictures) in enumerate(zip(input_ids, images, strict=True)):
-            if int((ids == IMAGE).sum()) != len(pictures):
-                raise LlavaRegionError(f"sample {i} has {int((ids == IMAGE).sum())} image placeholders and {len(pictures)} images")
+            if int((ids < 0).sum()) != len(pictures):
+                raise LlavaRegionError(f"sample {i} has {int((ids < 0).sum())} image placeholders and {len(pictures)} images")
         # Each token's label is its own index while the upstream merges, cuts and pads: what comes back as -100 is image or padding.
         index = [torch.arange(len(ids)) for ids in input_ids]
         if any(map(len, images)):
@@ -142,7 +142,7 @@ class LoadedModel:
         before = getattr(config, "tokenizer_padding_side", "right")
         config.tokenizer_padding_side = padding_side
         try:
-            return self.half.embed(self.model, ids, index, mask, pixels)
+            return self.side.embed(self.model, ids, index, mask, pixels)
         finally:
             config.tokenizer_padding_side = before
 
@@ -158,7 +158,7 @@ class LoadedModel:
             where = slice(0, n) if padding_side == "right" else slice(length - n, length)
             ids[i, where], mask[i, where], positions[i, where], indices[i, where] = sample[:n], True, torch.arange(n), own[:n]
         ids, mask, positions, indices = (x.to(self.device) for x in (ids, mask, positions, indices))
-        embeds = self.half.embed_tokens(self.model, ids)
+        embeds = self.side.embed_tokens(self.model, ids)
         return embeds * mask.unsqueeze(-1), indices, mask, positions
 
     @torch.inference_mode()
@@ -178,7 +178,7 @@ class LoadedModel:
         out = GenerationMixin.generate(
             self.model, none, inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), generation_config=config
         )
-        stop = self.half.stop_text(self.template)
+        stop = self.side.stop_text(self.template)
         answers = self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return [(answer.split(stop)[0] if stop.strip() else answer).strip() for answer in answers]
 
@@ -196,8 +196,8 @@ def upstream_of(folder: str | Path) -> str | None:
     Raises:
         LlavaRegionError: the folder is not there or is no model.
     """
-    kind = read_json(settings_folder(folder) / "config.json").get("model_type") or ""
-    return "llava" if kind.startswith("llava") else "bunny" if kind.startswith("bunny") else None
+    found = upstreams.of_config(read_json(settings_folder(folder) / "config.json"))
+    return found.name if found else None
 
 
 def settings_folder(folder: str | Path) -> Path:
@@ -235,12 +235,12 @@ def load(
     check_base(folder, base)
     settings = settings_folder(folder)
     config = read_json(settings / "config.json")
-    half = _half(upstream, template)
-    template = template or half.default_template(config)
-    if template not in half.templates():
-        raise LlavaRegionError(f"unknown template '{template}'; allowed: {', '.join(half.templates())}")
+    side = _side(upstream, template)
+    template = template or side.default_template(config)
+    if template not in side.templates():
+        raise LlavaRegionError(f"unknown template '{template}'; allowed: {', '.join(side.templates())}")
     if upstream:
-        half.check(config, settings)
+        side.check(config, settings)
     Checkpoint(base or folder)  # damaged files, missing shards, and .bin files with code in them end here
     device = _device(device)
     options = {
@@ -249,13 +249,13 @@ def load(
     }  # fmt: skip
     with quiet_errors(folder):
         if upstream:
-            model, tokenizer, processor = load_multimodal(half, folder, base, settings, options)
+            model, tokenizer, processor = load_multimodal(side, folder, base, settings, options)
         else:
-            model, tokenizer, processor = *load_text(half, folder, config, options), None
+            model, tokenizer, processor = *load_text(side, folder, config, options), None
     if getattr(model.config, "tokenizer_model_max_length", None):
         tokenizer.model_max_length = model.config.tokenizer_model_max_length
     model.requires_grad_(False).to(device).eval()
-    return LoadedModel(model, tokenizer, processor, upstream, template, len(find_decoder_layers(model).modules), folder, half)
+    return LoadedModel(model, tokenizer, processor, upstream, template, len(find_decoder_layers(model).modules), folder, side)
 
 
 def check_base(folder: Path, base: Path | None) -> None:
@@ -282,14 +282,15 @@ def check_base(folder: Path, base: Path | None) -> None:
         raise LlavaRegionError(f"{folder} holds no non_lora_trainables.bin (the trained projector); give a checkpoint that has it")
 
 
-def _half(upstream: str | None, template: str | None) -> ModuleType:
-    """The upstream's half; for a plain LLM that of an installed upstream that has the template."""
-    found = [name for name in ((upstream,) if upstream else ("llava", "bunny")) if find_spec(name)]
+def _side(upstream: str | None, template: str | None) -> ModelSide:
+    """The upstream's model side; for a plain LLM that of an installed upstream that has the template."""
+    wanted = [upstreams.get(upstream)] if upstream else upstreams.every()
+    found = [one.model_side() for one in wanted if one.installed()]
     if not found:
-        what = f"a {upstream} model needs {upstream}" if upstream else "conversation templates come from llava or bunny, and one of them"
+        title, titles = wanted[0].title, upstreams.titles()
+        what = f"a {title} model needs {title}" if upstream else f"conversation templates come from {titles}, one of which has to be"
         raise LlavaRegionError(f"{what} installed in this environment; see the README's section on installing")
-    halves = [import_module(f"llava_region.patches.{name}_model") for name in found]
-    return next((half for half in halves if template in half.templates()), halves[0])
+    return next((side for side in found if template in side.templates()), found[0])
 
 
 def _device(asked) -> torch.device:

@@ -5,60 +5,69 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_region.checkpoints.source import num_layers_in
 from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
-from llava_region.patches.seams import argument_classes
-from llava_region.region import Region, num_layers_of
+from llava_region.region import Region
+from llava_region.run_files import CONFIG_FILE, GENERATION_CONFIG_FILE
 from llava_region.training.recompute import check_flags
 from llava_region.training.resume import check_resumable
 
+if TYPE_CHECKING:
+    from llava_region.upstreams import Recipe, Upstream
+
 
 class Preflight(NamedTuple):
-    """What the checks read: the flags, the region, the model's `config.json`, and the records (on the first rank only)."""
+    """What the checks read.
+
+    Attributes:
+        args: all flags; recipe: what they ask for.
+        region: the decoder layers to tune.
+        config: the model's `config.json`.
+        records: the data's, on the first rank only.
+    """
 
     args: Namespace
+    recipe: Recipe
     region: Region
-    config: dict
-    records: list[dict] | None
+    config: dict[str, Any]
+    records: list[dict[str, Any]] | None
 
 
-def check(upstream, module, flags: list[str]) -> Preflight:
+def check(upstream: Upstream, flags: list[str]) -> Preflight:
     """Check a command line and everything it names.
 
     Args:
-        upstream: hooks module, `llava_region.patches.llava` or `.bunny`.
-        module: the upstream's module with train().
         flags: the command line after the upstream's name.
 
     Raises:
         LlavaRegionError: the first thing that is wrong.
     """
-    args = parse(argument_classes(module), flags)
+    args = parse(upstream.argument_classes(), flags)
+    recipe = upstream.recipe(args)
     check_flags(args.region_checkpointing, args.region_memory, args.gradient_checkpointing)
-    check_combination(args)
-    config_file = model_file(args, "config.json")
-    if config_file is None:
-        name = args.model_name_or_path
-        lacks = "holds no config.json" if Path(name).is_dir() else "is no folder, and no model of that name is on the hub or in its cache"
-        raise LlavaRegionError(f"--model_name_or_path {name} {lacks}; give the folder or hub name of a model")
-    config = read_json(Path(config_file))
-    region = Region.parse(args.tune_layers, num_layers_of(config_file))
-    upstream.check_arguments(args, config)
-    check_vision(args)
-    check_deepspeed(args, config)
-    check_generation_config(args)
-    check_output(args)
-    check_resumable(args.output_dir, region, bool(args.lora_enable))
+    check_combination(args, recipe)
+    config = model_config(recipe)
+    region = Region.parse(args.tune_layers, num_layers_in(config, f"{recipe.model}/{CONFIG_FILE}"))
+    upstream.check(args, config)
+    check_vision(recipe)
+    check_deepspeed(args, recipe, config)
+    check_generation_config(args, recipe)
+    check_output(args.output_dir)
+    check_resumable(args.output_dir, region, recipe.lora is not None)
     first = int(os.environ.get("RANK", "0")) == 0
-    return Preflight(args, region, config, check_data(args.data_path, args.image_folder, args.check_images) if first else None)
+    records = check_data(recipe.data, recipe.images, args.check_images) if first else None
+    return Preflight(args, recipe, region, config, records)
 
 
-def parse(classes, flags: list[str]):
+def parse(classes: tuple[type, ...], flags: list[str]) -> Namespace:
     """Parse flags into a namespace, without building the upstream's TrainingArguments (which starts devices and DeepSpeed).
 
     Raises:
@@ -67,48 +76,46 @@ def parse(classes, flags: list[str]):
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
-        def error(self, message):
-            raise LlavaRegionError(f"{message}; 'python -m llava_region.train {{llava,bunny}} --help' lists the flags")
+        def error(self, message: str) -> None:
+            raise LlavaRegionError(f"{message}; 'python -m llava_region.train UPSTREAM --help' lists the flags")
 
     return Parser(classes, allow_abbrev=False).parse_args(flags)
 
 
-def check_combination(args) -> None:
+def check_combination(args: Namespace, recipe: Recipe) -> None:
     """Refuse flags that contradict a region.
 
     Raises:
-        LlavaRegionError: names the flag and how to mend it.
+        LlavaRegionError: names the flag and how to fix it.
     """
-    if not args.model_name_or_path:
-        raise LlavaRegionError("--model_name_or_path is missing; give the folder or hub name of the model to tune")
+    if not recipe.model:
+        raise LlavaRegionError(f"{recipe.flags['model']} is missing; give the folder or hub name of the model to tune")
     if not args.tune_layers.strip():
         raise LlavaRegionError("--tune_layers is empty; give a layer spec such as sparse:25%")
-    if args.tune_mm_mlp_adapter:
-        raise LlavaRegionError("--tune_mm_mlp_adapter True trains the projector alone; leave out --tune_layers, or --tune_mm_mlp_adapter")
-    if args.freeze_backbone and not args.lora_enable:
-        raise LlavaRegionError(
-            "--freeze_backbone True freezes the whole language model; leave it out, --tune_layers freezes what lies outside"
-        )
     for name in ("evaluation_strategy", "eval_strategy"):  # renamed in transformers 4.41
         if getattr(args, name, None) not in (None, "no"):
             raise LlavaRegionError(
                 f"--{name} {getattr(args, name)} fails when its turn comes, as upstream has no evaluation data; allowed: no"
             )
-    if args.lora_enable and args.lora_bias != "none":
-        raise LlavaRegionError(f"--lora_bias {args.lora_bias} would train biases outside the region; allowed: none")
-    if args.bits not in (4, 8, 16):
-        raise LlavaRegionError(f"--bits {args.bits} is unknown; allowed: 4, 8 or 16")
-    if args.bits != 16 and not args.lora_enable:
-        raise LlavaRegionError(
-            f"--bits {args.bits} quantises the weights, which then cannot be tuned; add --lora_enable True, or use --bits 16"
-        )
-    if args.bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise LlavaRegionError(f"--bits {args.bits} needs bitsandbytes; install it with 'pip install bitsandbytes'")
-    if args.lora_enable and importlib.util.find_spec("deepspeed") is None:
-        raise LlavaRegionError("saving a LoRA run imports deepspeed, also where it isn't used; install it with 'pip install deepspeed'")
 
 
-def model_file(args, name: str) -> str | None:
+def model_config(recipe: Recipe) -> dict[str, Any]:
+    """`config.json` of the model to tune.
+
+    Raises:
+        LlavaRegionError: there is none, or the model can't be found.
+    """
+    path = model_file(recipe, CONFIG_FILE)
+    if path is None:
+        if Path(str(recipe.model)).is_dir():
+            lacks = f"holds no {CONFIG_FILE}"
+        else:
+            lacks = "is not a folder, and no model of that name is on the hub or in its cache"
+        raise LlavaRegionError(f"{recipe.flags['model']} {recipe.model} {lacks}; give the folder or hub name of a model")
+    return read_json(Path(path))
+
+
+def model_file(recipe: Recipe, name: str) -> str | None:
     """Local path of a file of the model to tune (a folder, or cached from or fetched from the hub); None if there is none.
 
     Raises:
@@ -116,37 +123,37 @@ def model_file(args, name: str) -> str | None:
     """
     from transformers.utils import cached_file
 
-    folder = Path(args.model_name_or_path)
-    if folder.is_dir():
-        return str(folder / name) if (folder / name).is_file() else None
-    quiet = {"_raise_exceptions_for_missing_entries": False}
+    model = str(recipe.model)
+    if Path(model).is_dir():
+        return str(Path(model) / name) if (Path(model) / name).is_file() else None
     try:
-        return cached_file(args.model_name_or_path, name, cache_dir=args.cache_dir, **quiet)
+        return cached_file(model, name, cache_dir=recipe.cache_dir, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as e:
         why = str(e).strip().splitlines()[0]
-        raise LlavaRegionError(f"--model_name_or_path {args.model_name_or_path} is no folder and not on the hub: {why}") from e
+        raise LlavaRegionError(f"{recipe.flags['model']} {model} is not a folder and not on the hub: {why}") from e
 
 
-def check_vision(args) -> None:
+def check_vision(recipe: Recipe) -> None:
     """Check the vision tower and the pretrained projector, where they are given as paths.
 
     Raises:
         LlavaRegionError: a path that does not exist.
     """
-    tower = args.vision_tower
-    if tower and tower.startswith(("/", ".", "~")) and not (Path(tower) / "config.json").is_file():
-        raise LlavaRegionError(f"--vision_tower {tower} holds no config.json; give the folder or hub name of a vision tower")
-    projector = args.pretrain_mm_mlp_adapter
-    if projector and not Path(projector).is_file():
-        raise LlavaRegionError(f"--pretrain_mm_mlp_adapter {projector} is not there; give the mm_projector.bin of the pretraining")
+    tower = recipe.vision_tower
+    if tower and tower.startswith(("/", ".", "~")) and not (Path(tower) / CONFIG_FILE).is_file():
+        flag = recipe.flags["vision_tower"]
+        raise LlavaRegionError(f"{flag} {tower} holds no {CONFIG_FILE}; give the folder or hub name of a vision tower")
+    if recipe.projector and not Path(recipe.projector).is_file():
+        flag = recipe.flags["projector"]
+        raise LlavaRegionError(f"{flag} {recipe.projector} is not there; give the mm_projector.bin of the pretraining")
 
 
-def zero_settings(args) -> dict:
+def zero_settings(args: Namespace) -> dict[str, Any]:
     """`zero_optimization` of the DeepSpeed config on the command line; empty without one."""
     return read_json(Path(args.deepspeed)).get("zero_optimization", {}) if args.deepspeed else {}
 
 
-def check_deepspeed(args, config: dict) -> None:
+def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) -> None:
     """Check the DeepSpeed config against the run.
 
     Raises:
@@ -160,14 +167,20 @@ def check_deepspeed(args, config: dict) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise LlavaRegionError("--deepspeed needs deepspeed; install it with 'pip install deepspeed'")
     settings = read_json(path)
-    zero = settings.get("zero_optimization", {})
     ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
-    if ignoring and args.mm_projector_lr is not None:
-        raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore --mm_projector_lr; remove that entry, the flags set the rates")
-    if zero.get("stage") != 3:
-        return
-    if args.bits != 16:
-        raise LlavaRegionError(f"--bits {args.bits} does not work with ZeRO-3; use a ZeRO-2 config such as scripts/deepspeed/zero2.json")
+    if ignoring and recipe.projector_rate is not None:
+        flag = recipe.flags["projector_rate"]
+        raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore {flag}; remove that entry, the flags set the rates")
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        _check_zero3(args, recipe, zero, path, config)
+
+
+def _check_zero3(args: Namespace, recipe: Recipe, zero: Mapping[str, Any], path: Path, config: Mapping[str, Any]) -> None:
+    if recipe.bits != 16:
+        raise LlavaRegionError(
+            f"{recipe.flags['bits']} {recipe.bits} does not work with ZeRO-3; use a ZeRO-2 config such as scripts/deepspeed/zero2.json"
+        )
     if not (args.bf16 or args.fp16):
         raise LlavaRegionError("ZeRO-3 needs --bf16 True or --fp16 True: upstream casts the vision tower to half precision in any case")
     if not zero.get("stage3_gather_16bit_weights_on_model_save"):
@@ -180,29 +193,16 @@ def check_deepspeed(args, config: dict) -> None:
         )
 
 
-def check_generation_config(args) -> None:
+def check_generation_config(args: Namespace, recipe: Recipe) -> None:
     """Full tuning saves the model's generation config at the very end, and transformers refuses an invalid one there.
 
     Raises:
-        LlavaRegionError: it would be refused; says which file to mend.
+        LlavaRegionError: it would be refused; says which file to fix.
     """
-    import warnings
-
-    from transformers import GenerationConfig, PretrainedConfig
-
-    if args.lora_enable or args.fix_generation_config:
+    if recipe.lora is not None or args.fix_generation_config:
         return
-    path = model_file(args, "generation_config.json") or model_file(args, "config.json")
-    settings = read_json(Path(path))
-    if Path(path).name == "config.json":  # transformers takes the settings from there
-        settings = GenerationConfig.from_model_config(PretrainedConfig.from_dict(settings)).to_dict()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            GenerationConfig(**settings).validate()
-            problem = str(caught[0].message) if caught else None
-        except ValueError as e:
-            problem = str(e)
+    path = Path(str(model_file(recipe, GENERATION_CONFIG_FILE) or model_file(recipe, CONFIG_FILE)))
+    problem = generation_config_problem(path)
     if problem:
         raise LlavaRegionError(
             f'{path} cannot be saved after training ({problem.split(". ")[0]}); set "do_sample": true in it, '
@@ -210,13 +210,29 @@ def check_generation_config(args) -> None:
         )
 
 
-def check_output(args) -> None:
+def generation_config_problem(path: Path) -> str | None:
+    """Why transformers would not save the generation settings in this file, a `generation_config.json` or a `config.json`."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    settings = read_json(path)
+    if path.name == CONFIG_FILE:  # transformers takes the settings from there
+        settings = GenerationConfig.from_model_config(PretrainedConfig.from_dict(settings)).to_dict()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            GenerationConfig(**settings).validate()
+        except ValueError as e:
+            return str(e)
+    return str(caught[0].message) if caught else None
+
+
+def check_output(output_dir: str) -> None:
     """Check that the output folder can be written, without making it.
 
     Raises:
         LlavaRegionError: it can't.
     """
-    folder = Path(args.output_dir).absolute()
+    folder = Path(output_dir).absolute()
     if folder.exists() and not folder.is_dir():
         raise LlavaRegionError(f"--output_dir {folder} is a file; give a folder")
     existing = next(path for path in (folder, *folder.parents) if path.exists())

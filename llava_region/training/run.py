@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__
-from llava_region.decoder import find_decoder_layers, is_projector, is_vision, layer_index, linear_modules
+from llava_region.decoder import Part, find_decoder_layers, layer_index, linear_modules, part_of
 from llava_region.errors import LlavaRegionError
 from llava_region.files import write_json
 from llava_region.region import Region
 from llava_region.run_files import REGION_FILE
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llava_region.upstreams import Upstream
 
 
 class RegionRun:
@@ -18,27 +25,31 @@ class RegionRun:
 
     Args:
         tune_layers: a layer spec, parsed when the model's layer count is known, or a `Region`.
-        upstream: `llava` or `bunny`.
-        non_lora_state: the upstream's function that gathers the trained weights that are not LoRA's.
+        upstream: whose trainer runs.
         upstream_version: recorded in `region.json`.
         base_model: the model that training starts from, recorded in `region.json`.
-        fix_generation_config: mend an invalid generation config in memory instead of failing at the last save.
+        fix_generation_config: fix an invalid generation config in memory instead of failing at the last save.
     """
 
     def __init__(
-        self, tune_layers: str | Region, *, upstream: str, non_lora_state, upstream_version="", base_model="", fix_generation_config=False
+        self,
+        tune_layers: str | Region,
+        *,
+        upstream: Upstream,
+        upstream_version: str = "",
+        base_model: str = "",
+        fix_generation_config: bool = False,
     ):
         self.region = tune_layers if isinstance(tune_layers, Region) else None
-        self.spec = tune_layers.spec if self.region else tune_layers
+        self.spec = tune_layers.spec if isinstance(tune_layers, Region) else tune_layers
         self.upstream = upstream
         self.upstream_version = upstream_version
         self.base_model = base_model
         self.fix_generation_config = fix_generation_config
-        self.non_lora_state = non_lora_state
         self.mode: str | None = None
-        self.trainer = None
+        self.trainer: Any = None
 
-    def resolve(self, model) -> Region:
+    def resolve(self, model: nn.Module) -> Region:
         """The region, for this model's number of decoder layers.
 
         Raises:
@@ -54,25 +65,29 @@ class RegionRun:
             )
         return self.region
 
-    def find_linear_names(self, model) -> list[str]:
+    def find_linear_names(self, model: nn.Module) -> list[str]:
         """In place of upstream's `find_all_linear_names`: full names within the region, so that PEFT targets exactly those.
 
         Upstream returns leaf names such as `q_proj`, which match every layer, and the vision tower where it is attached.
         """
         return linear_modules(model, self.resolve(model).layers)
 
-    def prepare_model(self, model, args) -> None:
+    def prepare_model(self, model: nn.Module, args: Any) -> None:
         """Freeze what is not to be tuned (full tuning), check that nothing else trains, and note the region in the config.
 
+        Args:
+            args: the upstream's TrainingArguments.
+
         Raises:
-            LlavaRegionError: a parameter outside the region, the projector and (if asked for) the vision tower trains.
+            LlavaRegionError: a parameter outside the region, the projector and (if asked for) the vision tower trains, or one
+                that belongs to no known part of a model.
         """
-        region = self.resolve(model)
+        region, recipe = self.resolve(model), self.upstream.recipe(args)
         lora = any("lora_" in name for name, _ in model.named_parameters())
-        self.mode = ("qlora" if getattr(args, "bits", 16) in (4, 8) else "lora") if lora else "full"
+        self.mode = ("lora" if recipe.bits == 16 else "qlora") if lora else "full"
         if not lora:
             freeze_outside(model, region)
-        check_trainable(model, region, lora=lora, vision=bool(getattr(args, "unfreeze_vision_tower", False)))
+        check_trainable(model, region, lora=lora, vision=recipe.trains_tower)
         model.config.visual_region = {"layers": list(region.layers), "num_layers": region.num_layers, "spec": region.spec}
         if self.fix_generation_config and getattr(model, "generation_config", None) is not None:
             model.generation_config.do_sample = True
@@ -83,37 +98,40 @@ class RegionRun:
             **self.region.to_dict(),
             "mode": self.mode,
             "base_model": self.base_model,
-            "upstream": self.upstream,
+            "upstream": self.upstream.name,
             "upstream_version": self.upstream_version,
             "llava_region_version": __version__,
         }
 
-    def write_record(self, folder) -> None:
+    def write_record(self, folder: str | Path) -> None:
         """Write `region.json` into a folder."""
         write_json(Path(folder) / REGION_FILE, self.record())
 
-    def saving_without_cuda(self, save):
+    def saving_without_cuda(self, save: Callable[..., None]) -> Callable[..., None]:
         """Wrap upstream's `safe_save_model_for_hf_trainer`, which calls `torch.cuda.synchronize` under DeepSpeed, GPU or not."""
         import torch
 
         @functools.wraps(save)
-        def wrapped(trainer, output_dir):
-            if trainer.deepspeed and not torch.cuda.is_available() and not getattr(trainer.args, "tune_mm_mlp_adapter", False):
+        def wrapped(trainer: Any, output_dir: str) -> None:
+            if trainer.deepspeed and not torch.cuda.is_available():
                 return trainer.save_model(output_dir)
             return save(trainer=trainer, output_dir=output_dir)
 
         return wrapped
 
 
-def freeze_outside(model, region: Region) -> None:
-    """Full tuning: of the language model only the region's decoder layers train; embeddings, final norm and head are frozen too."""
+def freeze_outside(model: nn.Module, region: Region) -> None:
+    """Full tuning: of the language model only the region's decoder layers train; embeddings, final norm and head are frozen too.
+
+    Raises:
+        LlavaRegionError: a parameter that belongs to no known part of a model.
+    """
     for name, parameter in model.named_parameters():
-        if is_projector(name) or is_vision(name):
-            continue
-        parameter.requires_grad_(layer_index(name) in region.layers)
+        if part_of(name) in ("layer", "embeddings", "head"):
+            parameter.requires_grad_(layer_index(name) in region.layers)
 
 
-def check_trainable(model, region: Region, *, lora: bool, vision: bool) -> None:
+def check_trainable(model: nn.Module, region: Region, *, lora: bool, vision: bool) -> None:
     """Refuse a model in which something trains that should not, or a region layer does not.
 
     Args:
@@ -121,29 +139,27 @@ def check_trainable(model, region: Region, *, lora: bool, vision: bool) -> None:
         vision: whether the user asked for a trainable vision tower.
 
     Raises:
-        LlavaRegionError: lists the parameters or layers.
+        LlavaRegionError: lists the parameters or layers; or a parameter belongs to no known part of a model.
     """
-    wrong, layers = [], set()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = layer_index(name)
-        if layer is not None:
-            layers.add(layer)
-            if layer not in region.layers or (lora and "lora_" not in name):
-                wrong.append(name)
-        elif is_vision(name):
-            if not vision or "lora_" in name:
-                wrong.append(name)
-        elif is_projector(name):
-            if "lora_" in name:
-                wrong.append(name)
-        elif not lora or "lora_" in name:
-            wrong.append(name)
+    parts = {name: part_of(name) for name, _ in model.named_parameters()}  # also of what is frozen: nothing is so by default
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    wrong = [name for name in trainable if not _may_train(name, parts[name], region, lora, vision)]
     if wrong:
         raise LlavaRegionError(
             f"{len(wrong)} parameters outside the region '{region.spec}' would train, such as {', '.join(wrong[:3])}; "
             "nothing was trained: report this with your command line"
         )
-    if layers != set(region.layers):
-        raise LlavaRegionError(f"decoder layers {sorted(set(region.layers) - layers)} of the region '{region.spec}' have nothing to train")
+    idle = set(region.layers) - {layer_index(name) for name in trainable}
+    if idle:
+        raise LlavaRegionError(f"decoder layers {sorted(idle)} of the region '{region.spec}' have nothing to train")
+
+
+def _may_train(name: str, part: Part, region: Region, lora: bool, vision: bool) -> bool:
+    is_lora = "lora_" in name
+    if part == "layer":
+        return layer_index(name) in region.layers and is_lora == lora
+    if part == "vision":
+        return vision and not is_lora
+    if part == "projector":
+        return not is_lora
+    return lora and not is_lora  # embeddings and head, whose rows for new tokens LLaVA trains next to LoRA

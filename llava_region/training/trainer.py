@@ -121,7 +121,7 @@ class RegionTrainerMixin:
 
     def _save_checkpoint(self, model, trial, metrics=None):
         """Save as upstream, then add what upstream leaves out; older checkpoints are removed only after that."""
-        extra = self.run.non_lora_state(self.model.named_parameters()) if self.run.mode != "full" else None
+        extra = self.run.upstream.trained_besides_lora(self.model.named_parameters()) if self.run.mode != "full" else None
         totals = self.cost_totals()
         self._rotation = None
         super()._save_checkpoint(model, trial, metrics)

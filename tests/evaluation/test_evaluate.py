@@ -259,7 +259,7 @@ def test_a_plain_language_model_does_text_tasks(tiny, root, tmp_path, short):
 
 def test_a_batch_too_large_for_the_gpu_is_halved():
     class Model:
-        calls: list[int] = []  # noqa: RUF012
+        calls: list[int] = []
 
         def generate(self, ids, pictures, max_new_tokens):
             self.calls.append(len(ids))

@@ -43,7 +43,7 @@ def by_hand(loaded, file, images) -> tuple[float, int]:
         mask = torch.ones_like(ids, dtype=torch.bool)
         pixels = loaded.pixel_values(Image.open(images / record["image"])) if "image" in record else torch.zeros(3, 56, 56)
         with torch.no_grad():
-            embeds, labels, *_ = loaded.half.embed(loaded.model, ids[None], labels[None], mask[None], pixels[None])
+            embeds, labels, *_ = loaded.side.embed(loaded.model, ids[None], labels[None], mask[None], pixels[None])
             logs = loaded.model(inputs_embeds=embeds).logits[0].double().log_softmax(-1)
         for position in range(1, labels.shape[1]):
             if labels[0, position] != -100:

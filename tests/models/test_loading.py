@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava_region.errors import LlavaRegionError
-from llava_region.models.loading import IGNORE, IMAGE, load, upstream_of
+from llava_region.models.loading import IGNORE, load, upstream_of
 
 PATCHES = 16  # image tokens an image has in the tiny vision tower
 
@@ -212,26 +212,26 @@ def test_pixels_are_upstreams_padded_square(loaded, tiny):
 def test_image_mask_has_the_true_positions(loaded, side):
     """Images at the start, in the middle, at the end, two of them, none: one padded batch."""
     text = torch.arange(5, 12)
-    image = torch.tensor([IMAGE])
+    image = torch.tensor([-200])
     rows = [torch.cat(parts) for parts in ([image, text], [text, image, text], [text, image], [image, text[:2], image, text], [text[:3]])]
     torch.manual_seed(0)
-    pictures = [[torch.randn(3, 56, 56) for _ in range(int((row == IMAGE).sum()))] for row in rows]
-    labels = [torch.where(row == IMAGE, IGNORE, row + 100) for row in rows]
+    pictures = [[torch.randn(3, 56, 56) for _ in range(int((row == -200).sum()))] for row in rows]
+    labels = [torch.where(row == -200, IGNORE, row + 100) for row in rows]
     batch = loaded.embed(rows, pictures, labels, padding_side=side)
     longest = 2 * PATCHES + 9
     assert batch.inputs_embeds.shape == (5, longest, 64) and batch.image_mask.dtype == torch.bool
     for i, row in enumerate(rows):
-        expected = torch.cat([torch.full((PATCHES,), IMAGE) if t == IMAGE else t.view(1) for t in row])
+        expected = torch.cat([torch.full((PATCHES,), -200) if t == -200 else t.view(1) for t in row])
         pad = torch.zeros(longest - len(expected), dtype=torch.long)
         full = torch.cat([expected, pad] if side == "right" else [pad, expected])
-        assert torch.equal(batch.image_mask[i], full == IMAGE)
+        assert torch.equal(batch.image_mask[i], full == -200)
         assert torch.equal(batch.attention_mask[i], full != 0)
         assert torch.equal(batch.position_ids[i][full != 0], torch.arange(len(expected)))
         assert torch.equal(batch.labels[i], torch.where(full > 0, full + 100, IGNORE))
         embedded = loaded.model.get_model().embed_tokens(full[full > 0])
         assert torch.equal(batch.inputs_embeds[i][full > 0], embedded)
         features = loaded.model.encode_images(torch.stack(pictures[i])).flatten(0, 1) if pictures[i] else torch.zeros(0, 64)
-        assert torch.allclose(batch.inputs_embeds[i][full == IMAGE], features, atol=1e-5)
+        assert torch.allclose(batch.inputs_embeds[i][full == -200], features, atol=1e-5)
         assert batch.inputs_embeds[i][full == 0].eq(0).all()
     assert loaded.model.config.tokenizer_padding_side == "right"
 
@@ -239,7 +239,7 @@ def test_image_mask_has_the_true_positions(loaded, side):
 def test_a_text_batch_equals_upstreams_with_blank_images(loaded):
     rows = [torch.arange(5, 12), torch.arange(9, 12)]
     ours = loaded.embed(rows, [[], []], rows, padding_side="left")
-    theirs = loaded.embed([*rows, torch.tensor([7, IMAGE])], [[], [], [torch.zeros(3, 56, 56)]], [*rows, torch.tensor([7, 7])], "left")
+    theirs = loaded.embed([*rows, torch.tensor([7, -200])], [[], [], [torch.zeros(3, 56, 56)]], [*rows, torch.tensor([7, 7])], "left")
     for i, row in enumerate(rows):
         assert torch.equal(ours.inputs_embeds[i, -len(row) :], theirs.inputs_embeds[i, -len(row) :])
         assert torch.equal(ours.labels[i, -len(row) :], theirs.labels[i, -len(row) :])
@@ -249,7 +249,7 @@ def test_a_text_batch_equals_upstreams_with_blank_images(loaded):
 
 @pytest.mark.parametrize("with_image", [True, False])
 def test_cut_at_the_models_maximum_length(loaded, with_image):
-    row = torch.cat([torch.arange(5, 9), torch.tensor([IMAGE] if with_image else [9]), torch.arange(5, 12)])
+    row = torch.cat([torch.arange(5, 9), torch.tensor([-200] if with_image else [9]), torch.arange(5, 12)])
     pictures = [[torch.zeros(3, 56, 56)] if with_image else []]
     loaded.model.config.tokenizer_model_max_length = 10
     try:
@@ -262,7 +262,7 @@ def test_cut_at_the_models_maximum_length(loaded, with_image):
 
 def test_images_and_placeholders_must_agree(loaded):
     with pytest.raises(LlavaRegionError, match="sample 1 has 1 image placeholders and 0 images"):
-        loaded.embed([torch.arange(3, 5), torch.tensor([IMAGE, 4])], [[], []])
+        loaded.embed([torch.arange(3, 5), torch.tensor([-200, 4])], [[], []])
 
 
 @pytest.mark.parametrize("template", [None, "plain", "mistral_instruct", "mpt"])
@@ -296,7 +296,7 @@ def test_labels_are_the_answer_and_eos(loaded, records):
     answer = ids[labels != IGNORE]
     assert loaded.tokenizer.decode(answer, skip_special_tokens=True).strip() == "7"
     assert answer[-1] == loaded.tokenizer.eos_token_id and torch.equal(labels[labels != IGNORE], answer)
-    assert (ids == IMAGE).sum() == 0
+    assert (ids == -200).sum() == 0
 
 
 def test_a_batch_generates_what_single_prompts_do(loaded, tiny, records):
@@ -329,7 +329,7 @@ def test_answers_end_at_eos_and_at_the_templates_stop_text(loaded, tiny, records
     assert short[0] == loaded.tokenizer.decode(tokens[: tokens.index(tokens[4]) + 1], skip_special_tokens=True).strip() != long[0]
     stop = long[0][len(long[0]) // 2]
     cut = copy.copy(loaded)
-    cut.half = SimpleNamespace(stop_text=lambda template: stop, embed=loaded.half.embed)
+    cut.side = SimpleNamespace(stop_text=lambda template: stop, embed=loaded.side.embed)
     assert cut.generate(ids, images, 12)[0] == long[0].split(stop)[0].strip()
 
 

@@ -22,11 +22,10 @@ if bunny_shims.why_not():
     pytest.skip(bunny_shims.why_not(), allow_module_level=True)
 bunny_shims.apply()
 
-from llava_region.patches import bunny
-
 from llava_region import LlavaRegionError, UnsupportedUpstream
 from llava_region import train as region_train
 from llava_region.models import loading as models
+from llava_region.patches import bunny
 from tests.helpers import bunny_models
 from tests.helpers.bunny_models import bunny_flags, write_bunny
 from tests.helpers.training_runs import LORA, adapter, environment, layers_of, projector, same, train
@@ -309,7 +308,7 @@ def test_a_layer_unfrozen_outside_the_region_is_caught(tiny_bunny, tmp_path, cap
 BAD = {
     "unknown model type": ({"model_type": "phi-9"}, "--model_type phi-9 is unknown to Bunny"),
     "another model": ({"model_type": "qwen1.5-1.8b"}, "whose config.json says 'phi'"),
-    "no template": ({"version": None}, "is no conversation template"),
+    "no template": ({"version": None}, "is not a conversation template"),
     "unknown template": (
         {"version": "v1"},
         "llama; --model_type phi-2 is trained with bunny",
@@ -353,8 +352,8 @@ def test_script_by_path(tiny_bunny, tmp_path):
     hooks, name, flags = region_train.pick_upstream(["--local_rank=0", script, "--bf16", "True"])
     assert hooks is bunny and name == "train.py" and flags == ["--local_rank=0", "--bf16", "True"]
     sys.path.remove(str(bunny_shims.bunny_root().resolve()))
-    with pytest.raises(LlavaRegionError, match=r"'pretrain.py' is no train script of Bunny"):
-        bunny.entry("pretrain.py")
+    with pytest.raises(LlavaRegionError, match=r"'pretrain.py' is not a known train script of Bunny"):
+        bunny.UPSTREAM.entry("pretrain.py")
 
 
 def test_hooks_are_undone():

@@ -179,7 +179,7 @@ def test_dry_run_writes_nothing(runs):
     ("name", "message"),
     [
         ("llama", "--model_type llama3-8b does not fit"),
-        ("template", "--version v1 is no conversation template"),
+        ("template", "--version v1 is not a conversation template"),
         ("beyond", "layer 8 in '8' is beyond the model"),
     ],
 )

@@ -254,6 +254,7 @@ def test_a_gradient_that_stops_short_is_caught(tiny, tmp_path, capsys):
 
 def test_hooks_are_undone_and_not_nested():
     import llava.train.train as upstream
+
     from llava_region.patches import llava
 
     names = ("TrainingArguments", "find_all_linear_names", "LLaVATrainer", "safe_save_model_for_hf_trainer", "train")
@@ -271,9 +272,9 @@ def test_hooks_are_undone_and_not_nested():
 @pytest.mark.parametrize("symbol", ["find_all_linear_names", "LLaVATrainer", "TrainingArguments", "get_peft_state_non_lora_maybe_zero_3"])
 def test_missing_symbol_is_named(monkeypatch, symbol):
     import llava.train.train as upstream
-    from llava_region.patches import llava
 
     from llava_region import UnsupportedUpstream
+    from llava_region.patches import llava
 
     monkeypatch.delattr(upstream, symbol)
     with (
@@ -285,9 +286,9 @@ def test_missing_symbol_is_named(monkeypatch, symbol):
 
 def test_changed_signature_is_named(monkeypatch):
     import llava.train.train as upstream
-    from llava_region.patches import llava
 
     from llava_region import UnsupportedUpstream
+    from llava_region.patches import llava
 
     monkeypatch.setattr(upstream, "find_all_linear_names", lambda args, model: [])
     with pytest.raises(UnsupportedUpstream, match=r"find_all_linear_names takes \('args', 'model'\)"), llava.applied("1"):
@@ -297,6 +298,7 @@ def test_changed_signature_is_named(monkeypatch):
 def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
     """A checkout's script by path: which attention implementation train() gets."""
     import llava.train.train as upstream
+
     from llava_region.patches import llava
 
     asked = []
@@ -305,9 +307,9 @@ def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
         path = tmp_path / "llava" / "train" / script
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-        hooks, name, flags = region_train.pick_upstream(["--local_rank=0", str(path), "--bf16", "True"])
-        assert hooks is llava and name == script and flags == ["--local_rank=0", "--bf16", "True"]
-        llava.entry(name)()
+        request = region_train.parse(["--local_rank=0", str(path), "--bf16", "True"])
+        assert request.upstream is llava.UPSTREAM and request.script == script and request.flags == ["--local_rank=0", "--bf16", "True"]
+        llava.UPSTREAM.entry(script)()
     assert asked == [None, "flash_attention_2"]
     sys.path.remove(str(tmp_path))
 
@@ -317,6 +319,7 @@ def test_library_resumes_and_removes_nothing_of_another_run(lora, tiny, tmp_path
     import shutil
 
     import llava.train.train as upstream
+
     from llava_region.patches import llava
 
     out = tmp_path / "run"

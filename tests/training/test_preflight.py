@@ -45,13 +45,13 @@ def test_flags(refused):
     assert "allowed: 4, 8 or 16" in refused(bits=3)
     assert "add --lora_enable True" in refused(bits=4, lora_enable=False)
     assert "--vision_tower is missing" in refused(vision_tower=None)
-    assert "--version vicuna is no conversation template" in refused(version="vicuna")
+    assert "--version vicuna is not a conversation template" in refused(version="vicuna")
     assert "invalid float value" in refused(learning_rate="fast")
 
 
 def test_missing_files(refused, tmp_path):
     assert "holds no config.json" in refused(model_name_or_path=tmp_path)
-    assert "is no folder, and no model of that name" in refused(model_name_or_path="someone/nothing")
+    assert "is not a folder, and no model of that name" in refused(model_name_or_path="someone/nothing")
     assert "--vision_tower" in refused(vision_tower=tmp_path / "tower")
     assert "mm_projector.bin of the pretraining" in refused(pretrain_mm_mlp_adapter=tmp_path / "p.bin")
     assert "cannot read" in refused(data_path=tmp_path / "data.json")
@@ -191,7 +191,7 @@ def test_upstream_is_named_or_found(capsys, tmp_path):
     for argv, message in (
         ([], "not named"),
         (["lava", "--tune_layers", "1"], "neither an upstream nor a file"),
-        ([str(other), "--tune_layers", "1"], "no train script of LLaVA"),
+        ([str(other), "--tune_layers", "1"], "not a train script of LLaVA"),
         (["--bf16", "True", "llava"], "not named"),
     ):
         assert region_train.main(argv) == 2
@@ -226,9 +226,8 @@ def test_one_error_a_node_and_one_dry_run(tiny, tmp_path, capsys, monkeypatch):
 
 def test_upstream_that_breaks_while_importing(tmp_path, monkeypatch):
     """transformers' lazy modules raise RuntimeError where a version does not fit."""
-    from llava_region.patches.seams import import_upstream
-
     from llava_region import UnsupportedUpstream
+    from llava_region.patches.seams import import_upstream
 
     (tmp_path / "broken_upstream.py").write_text("raise RuntimeError('Failed to import transformers.models.llama')")
     monkeypatch.syspath_prepend(tmp_path)

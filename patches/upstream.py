@@ -1,0 +1,265 @@
+"""What a training codebase has to provide (`Upstream`), and the half that all of them share: the hooks themselves.
+
+Importing this module imports neither torch nor an upstream: `llava-region doctor` asks it when both may be broken.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llava_region.decoder import Parts
+from llava_region.errors import LlavaRegionError
+from llava_region.patches.seams import rebound
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llava_region.patches.model_side import ModelSide
+    from llava_region.region import Region
+    from llava_region.training.run import RegionRun
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The LoRA settings of a run, as PEFT's `LoraConfig` takes them."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    bias: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a command line asks for, in this package's own words: nothing outside `patches` reads a flag of an upstream.
+
+    Attributes:
+        model: folder or hub name of the model that training starts from.
+        cache_dir: where hub downloads are kept; None: the default.
+        data: JSON file with the records; images: the folder that their images are relative to.
+        vision_tower: folder or hub name.
+        projector: file of a pretrained projector.
+        lora: None: the region's own weights are tuned.
+        bits: of the backbone's weights: 4 or 8 (quantised) or 16; double_quant: whether the scales are quantised too.
+        trains_projector: whether the projector trains; projector_rate: its learning rate, None: that of all else.
+        trains_tower: whether the vision tower trains.
+        max_length: tokens to which a sample is cut.
+        flags: the command line's flag for each of these, for messages: `{"model": "--model_name_or_path"}`.
+    """
+
+    model: str | None = None
+    cache_dir: str | None = None
+    data: str | None = None
+    images: str | None = None
+    vision_tower: str | None = None
+    projector: str | None = None
+    lora: Lora | None = None
+    bits: int = 16
+    double_quant: bool = True
+    trains_projector: bool = True
+    projector_rate: float | None = None
+    trains_tower: bool = False
+    max_length: int = 2048
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> str:
+        """`lora`, `qlora` or `full`, as `region.json` says it."""
+        return "full" if self.lora is None else "lora" if self.bits == 16 else "qlora"
+
+
+class Upstream(ABC):
+    """A training codebase: its facts, its train side, and a way to its model side.
+
+    Facts (class attributes):
+        name: on the command line, in `region.json` and `results.json`.
+        title: for people.
+        commit: the commit that the hooks were tested with; tested: the same with the version, for messages.
+        how_to_get: how a user installs it; get_command: the command for that, as `llava-region doctor` prints it.
+        distributions: what it is called in a package index; the first that is installed tells the version.
+        parts: how it names the parts of its models.
+        architectures: model type in `config.json` -> class that its `save_pretrained` names there.
+        supported: component -> version range in which it is expected to work; pinned: -> version it was tested with.
+        probe: code that imports what training and loading need, for `llava-region doctor`.
+        train_module_name: the module with its `train()`; trainer: the name of its trainer class there.
+        scripts: its train scripts, by file name.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    commit: ClassVar[str]
+    tested: ClassVar[str]
+    how_to_get: ClassVar[str]
+    get_command: ClassVar[str]
+    distributions: ClassVar[tuple[str, ...]]
+    parts: ClassVar[Parts]
+    architectures: ClassVar[Mapping[str, str]]
+    supported: ClassVar[Mapping[str, str]]
+    pinned: ClassVar[Mapping[str, str]]
+    probe: ClassVar[str]
+    train_module_name: ClassVar[str]
+    trainer: ClassVar[str]
+    scripts: ClassVar[tuple[str, ...]] = ("train.py",)
+
+    # -- facts that depend on something
+
+    def owns(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this `config.json` is one of this upstream's, runnable or not."""
+        return config.get("model_type") in self.architectures
+
+    def installed(self) -> bool:
+        """Whether it can be found, without importing it."""
+        return find_spec(self.train_module_name.partition(".")[0]) is not None
+
+    def version(self) -> str:
+        """The installed version, as `region.json` records it; `checkout` where it is used from its folder."""
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        for distribution in self.distributions:
+            try:
+                return f"{distribution} {installed(distribution)}"
+            except PackageNotFoundError:
+                continue
+        return "checkout"
+
+    def transformers_finding(self, version: str) -> str | None:
+        """What is known to be wrong with this version of transformers, for `llava-region doctor`; None: nothing."""
+        from packaging.specifiers import SpecifierSet
+
+        if SpecifierSet(self.supported["transformers"]).contains(version, prereleases=True):
+            return None
+        return f"{self.title} was tested with transformers {self.pinned['transformers']}, not with {version}"
+
+    # -- train side
+
+    @abstractmethod
+    def train_module(self) -> ModuleType:
+        """The module with `train()`, checked for every symbol that the hooks and the preflight use.
+
+        Raises:
+            UnsupportedUpstream: not installed, or a symbol is missing or changed.
+        """
+
+    @abstractmethod
+    def recipe(self, args: Any) -> Recipe:
+        """What the flags ask for.
+
+        Args:
+            args: all flags parsed, or the TrainingArguments alone: what is not there has the recipe's default.
+        """
+
+    @abstractmethod
+    def check(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        """Refuse what this upstream alone would find out after loading weights, or never.
+
+        Args:
+            args: all flags, parsed.
+            config: the `config.json` of the model to tune.
+
+        Raises:
+            LlavaRegionError: names the flag and how to fix it.
+        """
+
+    @abstractmethod
+    def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
+        """The model that training would build, on the default device (meta, in a dry run) from configs alone, with projector
+        and vision tower. Arguments as for `check`."""
+
+    @abstractmethod
+    def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
+        """The trained weights that are not LoRA's, by name, gathered from all ranks. Collective under ZeRO-3."""
+
+    @abstractmethod
+    def image_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Where a batch has a token that an image's features replace: (B, T) bool; None for a batch without token ids.
+
+        Args:
+            inputs: what the trainer hands to the model.
+        """
+
+    @abstractmethod
+    def features_per_image(self, model: nn.Module) -> int:
+        """Tokens that one image becomes in the language model."""
+
+    @abstractmethod
+    def checkout_of(self, script: Path) -> Path | None:
+        """Root of the checkout that a train script lies in, or None if it is not this upstream's."""
+
+    def argument_classes(self) -> tuple[type, type, type]:
+        """The three dataclasses that `train()` parses its command line into, ours in place of TrainingArguments."""
+        from llava_region.training.arguments import extend_arguments
+
+        module = self.train_module()
+        return module.ModelArguments, module.DataArguments, extend_arguments(module.TrainingArguments)
+
+    def entry(self, script: str) -> Callable[[], None]:
+        """What one of `scripts` does when it is run, as a function without arguments.
+
+        Raises:
+            LlavaRegionError: another script.
+        """
+        if script not in self.scripts:
+            raise LlavaRegionError(f"'{script}' is not a known train script of {self.title}; allowed: {', '.join(self.scripts)}")
+        return lambda: self.train_module().train()
+
+    def check_script(self, script: str) -> None:  # noqa: B027 - most scripts need nothing
+        """Refuse a train script that needs what is not installed.
+
+        Raises:
+            LlavaRegionError: says what.
+        """
+
+    @contextmanager
+    def applied(self, tune_layers: str | Region, **options: Any) -> Iterator[RegionRun]:
+        """Hook the module with `train()`, so that it tunes a region; everything is put back on leaving.
+
+        Four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the data, the
+        loss, PEFT and transformers; and the module that defines the trainer, whose `super(ItsTrainer, self)` would call
+        itself endlessly if a subclass were bound under that name.
+
+        Args:
+            tune_layers: a layer spec, or a `Region`.
+            options: further fields of `RegionRun`, such as `base_model`.
+
+        Yields:
+            the `RegionRun`, which knows the region once the model is there.
+
+        Raises:
+            UnsupportedUpstream: the installed upstream lacks a symbol.
+            LlavaRegionError: on leaving, if what was saved is not the region's.
+        """
+        from llava_region.training.arguments import extend_arguments
+        from llava_region.training.run import RegionRun
+        from llava_region.training.trainer import finish, region_trainer
+
+        module = self.train_module()
+        run = RegionRun(tune_layers, upstream=self, **options)
+        names = {
+            "TrainingArguments": extend_arguments(module.TrainingArguments),
+            "find_all_linear_names": run.find_linear_names,
+            self.trainer: region_trainer(getattr(module, self.trainer), run),
+            "safe_save_model_for_hf_trainer": run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
+        }
+        with rebound(module, **names):
+            yield run
+            finish(run)
+
+    # -- model side
+
+    @abstractmethod
+    def model_side(self) -> ModelSide:
+        """How its finished models are loaded and talked to. Imports the upstream.
+
+        Raises:
+            UnsupportedUpstream: it is not installed, or fails to import.
+        """
