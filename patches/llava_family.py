@@ -41,6 +41,7 @@ class LLaVAFamily(Upstream):
         head=("norm", "final_layernorm", "norm_f", "lm_head"),
         config_prefixes=("mm_",),
     )
+    save = "safe_save_model_for_hf_trainer"
     model_fields: ClassVar[tuple[str, ...]]
     train_parameters: ClassVar[tuple[str, ...]] = ()  # of train() itself
 
@@ -53,8 +54,8 @@ class LLaVAFamily(Upstream):
         require_fields(module, "DataArguments", self.tested, ("data_path", "image_folder"))
         require_fields(module, "TrainingArguments", self.tested, TRAINING_FIELDS)
         require(module, "train", self.tested, self.train_parameters or None)
-        require(module, "find_all_linear_names", self.tested, ("model",))
-        require(module, "safe_save_model_for_hf_trainer", self.tested, ("trainer", "output_dir"))
+        require(module, self.linear_names, self.tested, ("model",))
+        require(module, self.save, self.tested, ("trainer", "output_dir"))
         require(module, "get_peft_state_non_lora_maybe_zero_3", self.tested, ("named_params", "require_grad_only"))
         require(require(module, "conversation_lib", self.tested), "conv_templates", self.tested)
         trainer = require(module, self.trainer, self.tested)

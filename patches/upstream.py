@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_region.decoder import Parts
-from llava_region.errors import LlavaRegionError
+from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 from llava_region.patches.seams import rebound
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ class Upstream(ABC):
         architectures: model type in `config.json` -> class that its `save_pretrained` names there.
         supported: component -> version range in which it is expected to work; pinned: -> version it was tested with.
         probe: code that imports what training and loading need, for `llava-region doctor`.
-        train_module_name: the module with its `train()`; trainer: the name of its trainer class there.
+        train_module_name: the module with its `train()`, which looks up in its own globals, and so can be given others:
+            trainer: its trainer class, over transformers' Trainer;
+            linear_names: its function `(model) -> names of the modules that LoRA goes on`;
+            save: its function `(trainer, output_dir)` that saves at the end, if it calls CUDA where there is none; else None.
         scripts: its train scripts, by file name.
     """
 
@@ -108,6 +111,8 @@ class Upstream(ABC):
     probe: ClassVar[str]
     train_module_name: ClassVar[str]
     trainer: ClassVar[str]
+    linear_names: ClassVar[str] = "find_all_linear_names"
+    save: ClassVar[str | None] = None
     scripts: ClassVar[tuple[str, ...]] = ("train.py",)
 
     # -- facts that depend on something
@@ -223,7 +228,7 @@ class Upstream(ABC):
     def applied(self, tune_layers: str | Region, **options: Any) -> Iterator[RegionRun]:
         """Hook the module with `train()`, so that it tunes a region; everything is put back on leaving.
 
-        Four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the data, the
+        At most four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the data, the
         loss, PEFT and transformers; and the module that defines the trainer, whose `super(ItsTrainer, self)` would call
         itself endlessly if a subclass were bound under that name.
 
@@ -246,20 +251,21 @@ class Upstream(ABC):
         run = RegionRun(tune_layers, upstream=self, **options)
         names = {
             "TrainingArguments": extend_arguments(module.TrainingArguments),
-            "find_all_linear_names": run.find_linear_names,
+            self.linear_names: run.find_linear_names,
             self.trainer: region_trainer(getattr(module, self.trainer), run),
-            "safe_save_model_for_hf_trainer": run.saving_without_cuda(module.safe_save_model_for_hf_trainer),
         }
+        if self.save is not None:
+            names[self.save] = run.saving_without_cuda(getattr(module, self.save))
         with rebound(module, **names):
             yield run
             finish(run)
 
     # -- model side
 
-    @abstractmethod
     def model_side(self) -> ModelSide:
         """How its finished models are loaded and talked to. Imports the upstream.
 
         Raises:
-            UnsupportedUpstream: it is not installed, or fails to import.
+            UnsupportedUpstream: it is not installed, fails to import, or can only be trained here.
         """
+        raise UnsupportedUpstream(f"models of {self.title} can be trained here, but the tools for finished models cannot load them")
