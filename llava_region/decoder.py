@@ -25,8 +25,8 @@ class Parts:
     """How an upstream names the parts of its models.
 
     Attributes:
-        layers: dotted names of the list of decoder layers, such as `model.layers`. Wrappers (PEFT's `base_model.model.`,
-            DeepSpeed's and DDP's `module.`) may come before.
+        layers: dotted names of the list of decoder layers. Wrappers (PEFT's `base_model.model.`, DeepSpeed's and DDP's
+            `module.`) may come before.
         projector: components of a dotted name that say that it belongs to the projector.
         vision: the same for the vision tower, whose own layers are never decoder layers.
         embeddings: the same for what the language model has in front of its decoder layers.
@@ -47,7 +47,7 @@ class Parts:
 
     @cached_property
     def layer_pattern(self) -> re.Pattern[str]:
-        """Matches `model.layers.3.`; group 1 is the number."""
+        """Matches the name of a layer with its number, which is group 1."""
         names = "|".join(map(re.escape, self.layers))
         return re.compile(rf"(?:^|\.)(?:{names})\.(\d+)(?=\.|$)")
 
@@ -72,7 +72,7 @@ def part_of(name: str) -> Part:
     Raises:
         LlavaRegionError: a name that no upstream declares.
 
-    >>> part_of("base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight")
+    >>> part_of(f"base_model.model.{declared().layers[0]}.3.self_attn.q_proj.lora_A.weight")
     'layer'
     """
     if layer_index(name) is not None:
@@ -90,9 +90,10 @@ def part_of(name: str) -> Part:
 def layer_index(name: str) -> int | None:
     """Decoder layer that a module, parameter or checkpoint tensor of this dotted name belongs to, or None.
 
-    >>> layer_index("base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight")
+    >>> layers, tower = declared().layers[0], declared().vision[0]
+    >>> layer_index(f"base_model.model.{layers}.3.self_attn.q_proj.lora_A.weight")
     3
-    >>> layer_index("model.vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight") is None
+    >>> layer_index(f"{tower}.{layers}.3.mlp.fc1.weight") is None
     True
     """
     if is_vision(name) or is_projector(name):
@@ -104,8 +105,8 @@ def layer_index(name: str) -> int | None:
 def with_layer_index(name: str, index: int) -> str:
     """The name that the same tensor has in decoder layer `index`. `name` must be of a decoder layer (see `layer_index`).
 
-    >>> with_layer_index("model.layers.3.self_attn.q_proj.weight", 2)
-    'model.layers.2.self_attn.q_proj.weight'
+    >>> with_layer_index(f"{declared().layers[0]}.3.self_attn.q_proj.weight", 2) == f"{declared().layers[0]}.2.self_attn.q_proj.weight"
+    True
     """
     match = declared().layer_pattern.search(name)
     if match is None:

@@ -22,6 +22,7 @@ from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import is_vision
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.bunny import LLAMA3_EOS
+from llava_region.patches.llava_family import features_per_image
 from llava_region.patches.model_side import Family, Merged, ModelSide
 
 if TYPE_CHECKING:
@@ -116,9 +117,12 @@ class BunnyModels(ModelSide):
             out = data_utils.preprocess(turns, tokenizer, has_image="image" in record)
         return out["input_ids"][0], out["labels"][0]
 
-    def embed_tokens(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    def embed_text(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """MiniCPM scales them."""
-        return super().embed_tokens(model, ids) * getattr(model.config, "scale_emb", 1)
+        return super().embed_text(model, ids) * getattr(model.config, "scale_emb", 1)
+
+    def features_per_image(self, model: PreTrainedModel) -> int:
+        return features_per_image(model)
 
     def embed(
         self, model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "model": "--model_name_or_path", "cache_dir": "--cache_dir", "data": "--data_path", "images": "--image_folder",
-    "vision_tower": "--vision_tower", "projector": "--pretrain_mm_mlp_adapter", "lora": "--lora_enable", "bits": "--bits",
-    "double_quant": "--double_quant", "trains_projector": "--freeze_mm_mlp_adapter", "projector_rate": "--mm_projector_lr",
+    "tower": "--vision_tower", "projector": "--pretrain_mm_mlp_adapter", "lora": "--lora_enable", "bits": "--bits",
+    "double_quantised": "--double_quant", "trains_projector": "--freeze_mm_mlp_adapter", "projector_rate": "--mm_projector_lr",
     "trains_tower": "--unfreeze_vision_tower", "max_length": "--model_max_length",
 }  # fmt: skip
 TRAINING_FIELDS = (
@@ -72,8 +72,8 @@ class LLaVAFamily(Upstream):
             lora = Lora(args.lora_r, args.lora_alpha, flag("lora_dropout", 0.0), args.lora_bias)
         return Recipe(
             model=flag("model_name_or_path"), cache_dir=flag("cache_dir"), data=flag("data_path"), images=flag("image_folder"),
-            vision_tower=flag("vision_tower"), projector=flag("pretrain_mm_mlp_adapter"), lora=lora, bits=flag("bits", 16),
-            double_quant=bool(flag("double_quant", True)), trains_projector=not flag("freeze_mm_mlp_adapter"),
+            tower=flag("vision_tower"), projector=flag("pretrain_mm_mlp_adapter"), lora=lora, bits=flag("bits", 16),
+            double_quantised=bool(flag("double_quant", True)), trains_projector=not flag("freeze_mm_mlp_adapter"),
             projector_rate=flag("mm_projector_lr"), trains_tower=bool(flag("unfreeze_vision_tower")),
             max_length=flag("model_max_length", 2048), flags=FLAGS,
         )  # fmt: skip
@@ -106,13 +106,17 @@ class LLaVAFamily(Upstream):
         return None if ids is None else ids < 0  # IMAGE_TOKEN_INDEX is -200; no token of a vocabulary is negative
 
     def features_per_image(self, model: nn.Module) -> int:
-        tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
-        return getattr(tower, "num_patches", 1)
+        return features_per_image(model) if hasattr(model, "get_vision_tower") else 1
 
     def checkout_of(self, script: Path) -> Path | None:
         """Of `ROOT/llava/train/train_mem.py`, for example: ROOT."""
         parents = script.resolve().parents
         return parents[2] if len(parents) > 2 and (parents[0].name, parents[1].name) == ("train", self.name) else None
+
+
+def features_per_image(model: nn.Module) -> int:
+    """Patches of the vision tower, each of which becomes a token; 1 for a model that has no tower yet."""
+    return getattr(model.get_vision_tower(), "num_patches", 1)
 
 
 def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:

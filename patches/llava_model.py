@@ -21,6 +21,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_region.errors import LlavaRegionError
+from llava_region.patches.llava_family import features_per_image
 from llava_region.patches.model_side import Family, Merged, ModelSide
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ class LLaVAModels(ModelSide):
                 turns = train.preprocess_multimodal(turns, settings)
             out = train.preprocess(turns, tokenizer, has_image="image" in record)
         return out["input_ids"][0], out["labels"][0]
+
+    def features_per_image(self, model: PreTrainedModel) -> int:
+        return features_per_image(model)
 
     def embed(
         self, model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor

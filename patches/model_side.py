@@ -176,7 +176,11 @@ class ModelSide(ABC):
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """One training record through the upstream's own preprocessing: ids (T,) and labels (T,), -100 but on answers and EOS."""
 
-    def embed_tokens(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    @abstractmethod
+    def features_per_image(self, model: PreTrainedModel) -> int:
+        """Tokens that one image becomes in the language model."""
+
+    def embed_text(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., H) of text tokens as the first decoder layer takes them."""
         return model.get_input_embeddings()(ids)
 

@@ -46,10 +46,10 @@ class Recipe:
         model: folder or hub name of the model that training starts from.
         cache_dir: where hub downloads are kept; None: the default.
         data: JSON file with the records; images: the folder that their images are relative to.
-        vision_tower: folder or hub name.
+        tower: the vision tower, folder or hub name.
         projector: file of a pretrained projector.
         lora: None: the region's own weights are tuned.
-        bits: of the backbone's weights: 4 or 8 (quantised) or 16; double_quant: whether the scales are quantised too.
+        bits: of the backbone's weights: 4 or 8 (quantised) or 16; double_quantised: whether their scales are quantised too.
         trains_projector: whether the projector trains; projector_rate: its learning rate, None: that of all else.
         trains_tower: whether the vision tower trains.
         max_length: tokens to which a sample is cut.
@@ -60,11 +60,11 @@ class Recipe:
     cache_dir: str | None = None
     data: str | None = None
     images: str | None = None
-    vision_tower: str | None = None
+    tower: str | None = None
     projector: str | None = None
     lora: Lora | None = None
     bits: int = 16
-    double_quant: bool = True
+    double_quantised: bool = True
     trains_projector: bool = True
     projector_rate: float | None = None
     trains_tower: bool = False

@@ -76,7 +76,7 @@ class LoadedModel:
     @property
     def image_tokens(self) -> int:
         """Tokens that an image becomes; 0 for a plain language model."""
-        return 0 if self.image_processor is None else self.model.get_vision_tower().num_patches
+        return 0 if self.image_processor is None else self.side.features_per_image(self.model)
 
     def prompt(self, question: str, images: int = 0) -> str:
         """The question after `images` image placeholders in the model's conversation template, with an empty answer."""
@@ -158,7 +158,7 @@ class LoadedModel:
             where = slice(0, n) if padding_side == "right" else slice(length - n, length)
             ids[i, where], mask[i, where], positions[i, where], indices[i, where] = sample[:n], True, torch.arange(n), own[:n]
         ids, mask, positions, indices = (x.to(self.device) for x in (ids, mask, positions, indices))
-        embeds = self.side.embed_tokens(self.model, ids)
+        embeds = self.side.embed_text(self.model, ids)
         return embeds * mask.unsqueeze(-1), indices, mask, positions
 
     @torch.inference_mode()

@@ -186,4 +186,4 @@ def estimate_memory(model: nn.Module, args: Namespace, recipe: Recipe, gpus: int
 
 def _bytes_per_weight(name: str, parameter: nn.Parameter, recipe: Recipe, width: int) -> float:
     quantised = recipe.bits != 16 and layer_index(name) is not None and parameter.dim() == 2 and "lora_" not in name
-    return QUANTISED[recipe.bits, recipe.double_quant] if quantised else width
+    return QUANTISED[recipe.bits, recipe.double_quantised] if quantised else width

@@ -139,9 +139,9 @@ def check_vision(recipe: Recipe) -> None:
     Raises:
         LlavaRegionError: a path that does not exist.
     """
-    tower = recipe.vision_tower
+    tower = recipe.tower
     if tower and tower.startswith(("/", ".", "~")) and not (Path(tower) / CONFIG_FILE).is_file():
-        flag = recipe.flags["vision_tower"]
+        flag = recipe.flags["tower"]
         raise LlavaRegionError(f"{flag} {tower} holds no {CONFIG_FILE}; give the folder or hub name of a vision tower")
     if recipe.projector and not Path(recipe.projector).is_file():
         flag = recipe.flags["projector"]

@@ -108,7 +108,7 @@ class RegionRun:
         write_json(Path(folder) / REGION_FILE, self.record())
 
     def saving_without_cuda(self, save: Callable[..., None]) -> Callable[..., None]:
-        """Wrap upstream's `safe_save_model_for_hf_trainer`, which calls `torch.cuda.synchronize` under DeepSpeed, GPU or not."""
+        """Wrap the upstream's function that saves at the end, which calls `torch.cuda.synchronize` under DeepSpeed, GPU or not."""
         import torch
 
         @functools.wraps(save)

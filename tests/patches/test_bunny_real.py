@@ -22,7 +22,7 @@ if bunny_shims.why_not():
     pytest.skip(bunny_shims.why_not(), allow_module_level=True)
 bunny_shims.apply()
 
-from llava_region import LlavaRegionError, UnsupportedUpstream
+from llava_region import LlavaRegionError
 from llava_region import train as region_train
 from llava_region.models import loading as models
 from llava_region.patches import bunny
@@ -349,33 +349,8 @@ def test_dry_run_writes_nothing(tiny_bunny, tmp_path, capsys):
 def test_script_by_path(tiny_bunny, tmp_path):
     """The path of bunny/train/train.py in a checkout stands for Bunny, behind the launcher's --local_rank."""
     script = str(bunny_shims.bunny_root() / "bunny" / "train" / "train.py")
-    hooks, name, flags = region_train.pick_upstream(["--local_rank=0", script, "--bf16", "True"])
-    assert hooks is bunny and name == "train.py" and flags == ["--local_rank=0", "--bf16", "True"]
+    request = region_train.parse(["--local_rank=0", script, "--bf16", "True"])
+    assert request.upstream is bunny.UPSTREAM and request.script == "train.py" and request.flags == ["--local_rank=0", "--bf16", "True"]
     sys.path.remove(str(bunny_shims.bunny_root().resolve()))
     with pytest.raises(LlavaRegionError, match=r"'pretrain.py' is not a known train script of Bunny"):
         bunny.UPSTREAM.entry("pretrain.py")
-
-
-def test_hooks_are_undone():
-    import bunny.train.train as upstream
-
-    names = ("TrainingArguments", "find_all_linear_names", "BunnyTrainer", "safe_save_model_for_hf_trainer", "train")
-    before = [getattr(upstream, name) for name in names]
-    with bunny.applied("sparse:25%"):
-        assert [getattr(upstream, name) is old for name, old in zip(names, before, strict=True)] == [False] * 4 + [True]
-    assert [getattr(upstream, name) for name in names] == before
-    with pytest.raises(RuntimeError, match="boom"), bunny.applied("1,6"):
-        raise RuntimeError("boom")
-    assert [getattr(upstream, name) for name in names] == before
-
-
-@pytest.mark.parametrize("symbol", ["find_all_linear_names", "BunnyTrainer", "TrainingArguments", "get_peft_state_non_lora_maybe_zero_3"])
-def test_missing_symbol_is_named(monkeypatch, symbol):
-    import bunny.train.train as upstream
-
-    monkeypatch.delattr(upstream, symbol)
-    with (
-        pytest.raises(UnsupportedUpstream, match=rf"bunny\.train\.train\.{symbol} is missing; tested with Bunny 08273ac"),
-        bunny.applied("1"),
-    ):
-        pass

@@ -252,49 +252,6 @@ def test_a_gradient_that_stops_short_is_caught(tiny, tmp_path, capsys):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_hooks_are_undone_and_not_nested():
-    import llava.train.train as upstream
-
-    from llava_region.patches import llava
-
-    names = ("TrainingArguments", "find_all_linear_names", "LLaVATrainer", "safe_save_model_for_hf_trainer", "train")
-    before = [getattr(upstream, name) for name in names]
-    with llava.applied("sparse:25%"):
-        assert [getattr(upstream, name) is old for name, old in zip(names, before, strict=True)] == [False] * 4 + [True]
-        with pytest.raises(LlavaRegionError, match="hooks of a run on 'sparse:25%' are applied"), llava.applied("1,6"):
-            pass
-    assert [getattr(upstream, name) for name in names] == before
-    with pytest.raises(RuntimeError, match="boom"), llava.applied("1,6"):
-        raise RuntimeError("boom")
-    assert [getattr(upstream, name) for name in names] == before
-
-
-@pytest.mark.parametrize("symbol", ["find_all_linear_names", "LLaVATrainer", "TrainingArguments", "get_peft_state_non_lora_maybe_zero_3"])
-def test_missing_symbol_is_named(monkeypatch, symbol):
-    import llava.train.train as upstream
-
-    from llava_region import UnsupportedUpstream
-    from llava_region.patches import llava
-
-    monkeypatch.delattr(upstream, symbol)
-    with (
-        pytest.raises(UnsupportedUpstream, match=rf"llava\.train\.train\.{symbol} is missing; tested with LLaVA c121f04"),
-        llava.applied("1"),
-    ):
-        pass
-
-
-def test_changed_signature_is_named(monkeypatch):
-    import llava.train.train as upstream
-
-    from llava_region import UnsupportedUpstream
-    from llava_region.patches import llava
-
-    monkeypatch.setattr(upstream, "find_all_linear_names", lambda args, model: [])
-    with pytest.raises(UnsupportedUpstream, match=r"find_all_linear_names takes \('args', 'model'\)"), llava.applied("1"):
-        pass
-
-
 def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
     """A checkout's script by path: which attention implementation train() gets."""
     import llava.train.train as upstream
