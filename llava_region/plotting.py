@@ -37,8 +37,8 @@ def new_figure(width: float, height: float, titles: Sequence[str] = ("",), share
     panels: list[Axes] = list(figure.subplots(1, len(titles), squeeze=False, sharey=share_y)[0])
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=TITLE)
-        panel.xaxis.label.set_size(LABEL)
-        panel.yaxis.label.set_size(LABEL)
+        panel.xaxis.label.set_fontsize(LABEL)
+        panel.yaxis.label.set_fontsize(LABEL)
         panel.tick_params(labelsize=SMALL)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
@@ -64,7 +64,7 @@ def save(figure: Figure, *paths: Path) -> list[Path]:
     """
     for path in paths:
         check_format(path)
-    for path, content in [(path, _drawn(figure, path.suffix.lower().removeprefix("."))) for path in paths]:
+    for path, content in [(path, _drawn(figure, path.suffix.removeprefix("."))) for path in paths]:
         files.write_bytes(path, content)
     return list(paths)
 

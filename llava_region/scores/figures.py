@@ -33,7 +33,7 @@ def _draw_ranking(name: str, values: list[float], top: list[int], path: Path) ->
     figure, (panel,) = plotting.new_figure(max(5, 0.25 * len(values) + 1.5), 3, [title])
     panel.bar(range(len(values)), values, color=[COLOURS[1] if layer in top else GREY for layer in range(len(values))])
     panel.set(xlabel="decoder layer", ylabel=name.replace("_", " "))
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     plotting.save(figure, path)
     return path
 

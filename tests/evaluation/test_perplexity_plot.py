@@ -18,7 +18,7 @@ def rows() -> list[Row]:
     return [{"data": f"in/{name}.json", "reverted": layers, "perplexity": value} for name in ("docvqa", "wiki") for layers, value in sets]
 
 
-def test_every_bar_has_its_text(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_bar_has_its_text(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = saved_figures(monkeypatch)
     with readable_svg():
         draw(rows, tmp_path / "new" / "figure1.svg")
@@ -31,7 +31,7 @@ def test_every_bar_has_its_text(rows: list[Row], tmp_path: Path, monkeypatch: py
     assert [bar.get_height() for bar in panel.patches] == [2.5, 1, 2.625] * 2 and panel.get_ylim()[0] == 1
 
 
-def test_a_plot_that_could_not_be_written_is_refused_first(tmp_path: Path):
+def test_a_plot_that_could_not_be_written_is_refused_first(tmp_path: Path) -> None:
     check_plot(tmp_path / "new.pdf")
     with pytest.raises(LlavaRegionError, match=r"allowed: \.png, \.svg, \.pdf"):
         check_plot(tmp_path / "new.jpeg")

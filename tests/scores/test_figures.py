@@ -23,7 +23,7 @@ SCORES = {
 }
 
 
-def test_a_ranking_highlights_the_top_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_ranking_highlights_the_top_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = saved_figures(monkeypatch)
     files = draw(SCORES, tmp_path / "new", {"block_influence": [1, 3], "image_attention": [0]})
     assert [file.name for file in files] == ["block_influence.png", "image_attention.png", "image_attention_instances.png"]
@@ -34,7 +34,7 @@ def test_a_ranking_highlights_the_top_layers(tmp_path: Path, monkeypatch: pytest
     assert [to_hex(bar.get_facecolor()).upper() == COLOURS[1] for bar in panel.patches] == [False, True, False, True]
 
 
-def test_the_heat_map_scales_each_instance_by_its_highest_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_heat_map_scales_each_instance_by_its_highest_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = saved_figures(monkeypatch)
     draw({**SCORES, "metrics": {}}, tmp_path, {})
     panel, bar = seen[0].axes
@@ -43,5 +43,5 @@ def test_the_heat_map_scales_each_instance_by_its_highest_layer(tmp_path: Path, 
     assert list(panel.get_yticks()) == [0.5, 2] and bar.get_ylabel() == "share of the highest layer"
 
 
-def test_without_instances_there_is_no_heat_map(tmp_path: Path):
+def test_without_instances_there_is_no_heat_map(tmp_path: Path) -> None:
     assert draw({**SCORES, "metrics": {}, "instances": []}, tmp_path, {}) == []
