@@ -54,7 +54,7 @@ def draw(rows: list[Row], path: Path) -> None:
     _set_log_axis(panel)
     panel.set_xticks(range(len(data_files)), [Path(name).stem for name in data_files])
     panel.set_ylabel("perplexity of answers (log scale)")
-    figure.legend(loc="outside right upper", fontsize=plotting.SMALL, frameon=False)  # inside it would lie on the bars
+    figure.legend(loc="outside right upper", fontsize=plotting.SMALL, frameon=False)  # inside it would cover bars
     plotting.save(figure, path)
 
 
@@ -72,5 +72,5 @@ def _set_log_axis(panel: Axes) -> None:
 
 def _bar_text(value: float | None, rise: float | None) -> str:
     if value is None:
-        return "beyond\nnumbers"
+        return "not\nfinite"
     return f"{value:.4g}" if rise is None else f"{value:.4g}\n{rise:+.3g} %"
