@@ -28,11 +28,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava_region import plotting
 from llava_region.decoder import find_decoder_layers, linear_modules
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
@@ -244,28 +246,28 @@ def show(result: dict) -> None:
               f"{format_size(mode['peak_bytes']):>9}  {len(mode['recomputed'])} of {result['layers']}")  # fmt: skip
 
 
-def plot(result: dict, path: Path) -> None:
-    """Step time and peak memory of every mode as bars, upstream 1."""
-    import matplotlib
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Step time and peak memory of every mode as bars, upstream 1.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    Raises:
+        LlavaRegionError: unknown format, or the folder is not writable.
+    """
+    figure, (left, right) = plotting.new_figure(9, 3.2, ("", ""), share_y=True)
     modes = result["modes"]
     names = list(modes)[::-1]
-    left.barh(names, [modes[name]["ratio"] for name in names], color="tab:blue")
-    right.barh(names, [modes[name]["peak_bytes"] / 1e9 for name in names], color="tab:orange")
+    left.barh(names, [modes[name]["ratio"] for name in names], color=plotting.COLOURS[0])
+    right.barh(names, [modes[name]["peak_bytes"] / 1e9 for name in names], color=plotting.COLOURS[4])
     for row, name in enumerate(names):
-        left.text(modes[name]["ratio"], row, f" {modes[name]['ratio']:.2f}", va="center")
-        right.text(modes[name]["peak_bytes"] / 1e9, row, f" {format_size(modes[name]['peak_bytes'])}", va="center")
+        left.text(modes[name]["ratio"], row, f" {modes[name]['ratio']:.2f}", va="center", fontsize=plotting.SMALL)
+        size = format_size(modes[name]["peak_bytes"])
+        right.text(modes[name]["peak_bytes"] / 1e9, row, f" {size}", va="center", fontsize=plotting.SMALL)
     left.set(xlabel="step time, upstream = 1", xlim=(0, 1.25 * max(mode["ratio"] for mode in modes.values())))
     right.set(xlabel=f"GB, {result['peak_is']}", xlim=(0, 1.35 * max(mode["peak_bytes"] for mode in modes.values()) / 1e9))
     if result["region_memory_bytes"]:
         right.axvline(result["region_memory_bytes"] / 1e9, color="black", linestyle="--", linewidth=1)
-    figure.suptitle(f"{result['shape']}, {result['device']}: {len(result['region'])} of {result['layers']} layers tuned")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    title = f"{result['shape']}, {result['device']}: {len(result['region'])} of {result['layers']} layers tuned"
+    figure.suptitle(title, fontsize=plotting.TITLE)
+    plotting.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.repeats < 1 or not 0 < args.supervised <= 1:
             raise LlavaRegionError("--repeats must be 1 or more, and --supervised above 0 and at most 1")
+        if args.plot:
+            plotting.check_format(args.plot)
         result = run(args.shape, region=args.region, repeats=args.repeats, supervised=args.supervised, region_memory=args.region_memory)
     except LlavaRegionError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -144,6 +145,17 @@ def num_layers_of(model: str | Path) -> int:
     if not path.is_file():
         raise LlavaRegionError(f"{model} holds no config.json; give the folder of a model")
     return num_layers_in(read_json(path), str(path))
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Ascending layers as text that a spec may hold: `0,4,8-11`; `none` for no layer."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and ranges[-1][1] == layer - 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges) or "none"
 
 
 def parse_count(text: str, num_layers: int, spec: str) -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_region import LlavaRegionError, Region
-from llava_region.region import num_layers_of
+from llava_region.region import layer_ranges, num_layers_of
 
 PAPER = [  # section 4.1 and footnote 2 of section 4.2
     ("sparse:8", 32, [0, 4, 8, 12, 18, 22, 26, 30]),
@@ -95,6 +95,12 @@ def test_bad_scores(tmp_path, spec, values, message):
     path = scores(tmp_path / "s.json", values)
     with pytest.raises(LlavaRegionError, match=message):
         Region.parse(f"{path}:{spec}", 8)
+
+
+def test_layers_as_text():
+    assert layer_ranges([]) == "none" and layer_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    for spec, num_layers, layers in PAPER:
+        assert list(Region.parse(layer_ranges(layers), num_layers).layers) == layers, spec
 
 
 def test_layer_counts_of_configs(tmp_path):

@@ -38,8 +38,9 @@ def command(
     With --revert-sweep also for each set of decoder layers put back to the backbone's weights (paper, Figure 1, left).
     """
     from llava_region.evaluation.perplexity import sweep
-    from llava_region.evaluation.perplexity_plot import check_plot, draw, layer_text, rises
+    from llava_region.evaluation.perplexity_plot import check_plot, draw, rises
     from llava_region.files import refuse_existing, write_json
+    from llava_region.region import layer_ranges
 
     if out:
         refuse_existing(out, force)
@@ -61,7 +62,7 @@ def command(
     for row, rise in zip(rows, rises(rows), strict=True):
         value = "inf" if row["perplexity"] is None else f"{row['perplexity']:.4f}"
         percent = "" if rise is None or not row["reverted"] else f"{rise:+.2f} %"
-        print(f"{Path(row['data']).name:<32}{layer_text(row['reverted']):<24}{value:>12}{percent:>10}{row['tokens']:>10,}")
+        print(f"{Path(row['data']).name:<32}{layer_ranges(row['reverted']):<24}{value:>12}{percent:>10}{row['tokens']:>10,}")
     skipped = {row["data"]: row["unlabelled"] for row in rows if row["unlabelled"]}
     for name, count in skipped.items():
         print(f"{name}: {count} records have no answer token within the model's maximum length, and count for nothing")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llava_region.errors import LlavaRegionError
+from llava_region import plotting
 from llava_region.files import refuse_existing
+from llava_region.region import layer_ranges
 
-FORMATS = (".png", ".svg", ".pdf")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]  # of `sweep`: "data", "reverted" (layers), "perplexity" (None if not finite), "tokens", "unlabelled"
+
+LOWEST = 1  # no perplexity is lower
 
 
 def check_plot(path: Path, force: bool = False) -> None:
@@ -16,65 +23,54 @@ def check_plot(path: Path, force: bool = False) -> None:
     Raises:
         LlavaRegionError: unknown format, or the file exists and `force` is not set.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise LlavaRegionError(f"a figure cannot be written as '{path.name}'; allowed: {', '.join(FORMATS)}")
+    plotting.check_format(path)
     refuse_existing(path, force)
 
 
-def layer_text(layers: list[int]) -> str:
-    """Layers as ranges: `0-3,8`; `none` for no layer."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
-
-
-def rises(rows: list[dict]) -> list[float | None]:
+def rises(rows: list[Row]) -> list[float | None]:
     """Of each row the perplexity's rise over its data file's unreverted row, in percent; None where either is not finite."""
     baseline = {row["data"]: row["perplexity"] for row in rows if not row["reverted"]}
     return [100 * (r["perplexity"] / b - 1) if r["perplexity"] and (b := baseline[r["data"]]) else None for r in rows]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Write grouped bars: a group a data file, a bar a set of reverted layers, the rise over the unreverted bar written on it.
+def draw(rows: list[Row], path: Path) -> None:
+    """Write grouped bars: a group per data file, a bar per set of reverted layers, with the rise over the unreverted bar on it.
 
-    Bars span orders of magnitude where early layers go back, hence a logarithmic axis.
+    Raises:
+        LlavaRegionError: unknown format, or the folder is not writable.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    files = list(dict.fromkeys(row["data"] for row in rows))
+    data_files = list(dict.fromkeys(row["data"] for row in rows))
     sets = list(dict.fromkeys(tuple(row["reverted"]) for row in rows))
-    figure = Figure(figsize=(3.5 + 0.7 * len(files) * (len(sets) + 1), 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (panel,) = plotting.new_figure(3.5 + 0.7 * len(data_files) * (len(sets) + 1), 4)
     width = 0.8 / len(sets)
     for row, rise in zip(rows, rises(rows), strict=True):
         number = sets.index(tuple(row["reverted"]))
-        x = files.index(row["data"]) + (number - (len(sets) - 1) / 2) * width
-        name = "reverted: " + layer_text(row["reverted"]) if row["reverted"] else "as trained"
-        first = row["data"] == files[0]
-        bar = axes.bar(x, row["perplexity"] or 0, width * 0.9, color=f"C{number % 10}", label=name if first else None)
-        axes.bar_label(bar, [_label(row["perplexity"], rise if row["reverted"] else None)], fontsize=7, padding=2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.margins(y=0.15)
-    axes.set_ylim(bottom=1)  # no perplexity is lower
-    axes.set_xticks(range(len(files)), [Path(name).stem for name in files])
-    axes.set_ylabel("perplexity of answers (log scale)")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)  # inside it would lie on the bars
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=200)
-    partial.replace(path)
+        place = data_files.index(row["data"]) + (number - (len(sets) - 1) / 2) * width
+        name = f"reverted: {layer_ranges(row['reverted'])}" if row["reverted"] else "as trained"
+        label = name if row["data"] == data_files[0] else None  # one legend entry per set
+        height = row["perplexity"] or LOWEST  # not 0: a logarithmic axis has no place for it, nor for the text on it
+        bar = panel.bar(place, height, width * 0.9, color=f"C{number % 10}", label=label)
+        panel.bar_label(bar, [_bar_text(row["perplexity"], rise if row["reverted"] else None)], fontsize=7, padding=2)
+    _set_log_axis(panel)
+    panel.set_xticks(range(len(data_files)), [Path(name).stem for name in data_files])
+    panel.set_ylabel("perplexity of answers (log scale)")
+    figure.legend(loc="outside right upper", fontsize=plotting.SMALL, frameon=False)  # inside it would cover bars
+    plotting.save(figure, path)
 
 
-def _label(value: float | None, rise: float | None) -> str:
+def _set_log_axis(panel: Axes) -> None:
+    """Bars differ by orders of magnitude where early layers are reverted."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.margins(y=0.15)
+    panel.set_ylim(bottom=LOWEST)
+
+
+def _bar_text(value: float | None, rise: float | None) -> str:
     if value is None:
-        return "beyond\nnumbers"
+        return "not\nfinite"
     return f"{value:.4g}" if rise is None else f"{value:.4g}\n{rise:+.3g} %"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
+from typing import NamedTuple
+
+from llava_region.errors import LlavaRegionError
 
 TITLES = {
     "ocrvqa": "OCRVQA", "docvqa": "DocVQA", "refcocog": "RefCOCOg", "tdiuc": "TDIUC", "mmbench": "MMBench", "gqa": "GQA",
@@ -20,14 +24,14 @@ class Line:
 
     Attributes:
         label: what the row shows.
-        run: the run's name, None for the paper's.
-        family: the model that the row's runs were trained from; rows of one family are compared.
-        section: heading the row stands under.
-        scores: task -> percent, whole tasks only.
+        run: the run's name, None for the paper's rows.
+        family: the model that the row's run was trained from; rows of one family are compared.
+        section: heading that the row appears under.
+        scores: task -> percent, complete tasks only.
         partial: task -> (percent or None, what is missing).
-        average: mean of the table's tasks, None unless all are whole.
+        average: mean over the eight visual tasks, None unless all are complete.
         relative: percent of the baseline's average, None if either is unknown.
-        baseline: whether it is what the others are compared with.
+        baseline: whether it is the run that the others are compared with.
         paper: whether the numbers are the paper's.
     """
 
@@ -45,7 +49,7 @@ class Line:
 
 @dataclass
 class Table:
-    """A title, task names as columns, rows, and remarks that go under it."""
+    """A title, task names as columns, rows, whether these have averages, and notes to print below."""
 
     title: str
     columns: tuple[str, ...]
@@ -55,16 +59,16 @@ class Table:
 
 
 def rounded(value: float) -> str:
-    """Two decimals, half up, as the paper prints (a binary 62.8575 would else depend on its last bit)."""
+    """Two decimals, half up, as the paper prints (rounding 62.8575 as a binary number would depend on its last bit)."""
     return str(Decimal(str(round(value, 8))).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
 def mark_best(table: Table) -> set[tuple[int, str]]:
-    """(row index, column) of a family's best whole scores, the baseline and the paper's rows aside (Table 1's caption).
+    """(row index, column) of each family's best complete scores; baselines and the paper's rows do not count (Table 1's caption).
 
     A column with one candidate has no best. Ties are all marked.
     """
-    marked = set()
+    marked: set[tuple[int, str]] = set()
     for family in {line.family for line in table.lines}:
         own = [(i, line) for i, line in enumerate(table.lines) if line.family == family and not line.paper and not line.baseline]
         for column in (*table.columns, "average"):
@@ -76,12 +80,12 @@ def mark_best(table: Table) -> set[tuple[int, str]]:
 
 
 def heads(table: Table) -> list[str]:
-    """Column heads after the label's."""
+    """The column heads that follow the label's."""
     return [TITLES[column] for column in table.columns] + (["Avg", "% of baseline"] if table.averaged else [])
 
 
-def cells(table: Table, index: int, bold) -> list[str]:
-    """A row's cells after the label; `bold` wraps the text of a best score."""
+def cells(table: Table, index: int, bold: Callable[[str], str]) -> list[str]:
+    """A row's cells after the label; `bold` marks the text of a best score."""
     line, best = table.lines[index], mark_best(table)
     out = []
     for column in table.columns:
@@ -132,7 +136,7 @@ def comma_separated(table: Table) -> str:
 
 
 def missing_text(table: Table, line: Line) -> str:
-    """What an incomplete row lacks, such as `GQA not evaluated, MMBench limited to 50 questions`; empty for a whole row."""
+    """What an incomplete row lacks, such as `GQA not evaluated, MMBench 3 answers missing`; empty for a complete row."""
     lacks = [(c, line.partial.get(c, (None, "not evaluated"))[1]) for c in table.columns if c not in line.scores]
     return ", ".join(f"{TITLES[column]} {why}" for column, why in lacks)
 
@@ -164,4 +168,22 @@ def _escape_latex(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
 
 
-WRITERS = {"markdown": (markdown, "md"), "csv": (comma_separated, "csv"), "latex": (latex, "tex")}
+class Format(NamedTuple):
+    """How a table is written as text, and the suffix of its file."""
+
+    render: Callable[[Table], str]
+    suffix: str
+
+
+FORMATS = {"markdown": Format(markdown, "md"), "csv": Format(comma_separated, "csv"), "latex": Format(latex, "tex")}
+
+
+def formats_of(name: str) -> list[Format]:
+    """The format of that name, or every one for `all`.
+
+    Raises:
+        LlavaRegionError: another name.
+    """
+    if name != "all" and name not in FORMATS:
+        raise LlavaRegionError(f"unknown format '{name}'; allowed: {', '.join(FORMATS)}, all")
+    return list(FORMATS.values()) if name == "all" else [FORMATS[name]]

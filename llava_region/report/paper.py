@@ -1,7 +1,8 @@
-"""The paper's own numbers: Tables 1 to 4, as printed. For setting beside one's own, and as a check on our averages.
+"""The paper's own numbers: Tables 1 to 4, as printed, to compare one's own with, and as a check on our averages.
 
-Percent. A row of Tables 1 to 3 holds the eight visual tasks in the order of `tasks.VISUAL`, one of Table 4 holds MMLU and
-BIG-bench-Hard. The figures' numbers are not in the paper's text; Figure 2's line for all the data is Table 2's.
+All in percent. A row of Tables 1 to 3 holds the eight visual tasks in the order of `tasks.VISUAL`, a row of Table 4 holds MMLU
+and BIG-bench-Hard. The paper's text does not give the figures' numbers, except those of Figure 2 for all the data, which are
+Table 2's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One printed row: section it stands under, label, scores, and the printed average and percentage of the first row's."""
+    """One printed row: its section, label and scores, and the average and the percentage of the first row's average as printed."""
 
     section: str
     label: str
@@ -65,7 +66,6 @@ TABLE_4 = (
     Row(LLAVA_7B, "Partial-trained (8 layers)", (50.74, 31.64)),
     Row(LLAVA_7B, "LLM backbone", (49.78, 29.33)),
 )
-TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4}
 
 # Section 4.1: the eight layers of Bunny-Llama-3-8B-V that each metric ranks highest.
 IMPORTANCE_SETS = {

@@ -1,6 +1,6 @@
-"""Runs to report on: what `llava-region eval` wrote, joined with the region and the cost of the model it was about.
+"""Runs to report on: what `llava-region eval` wrote, joined with the region and the cost of the model that was evaluated.
 
-A training run's own folder stands for the run without any score: enough for what is about cost (Figure 3).
+A training run's own folder is read as a run without scores, which is enough for what is about cost (Figure 3).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llava_region import tasks
 from llava_region.errors import LlavaRegionError
@@ -20,17 +21,17 @@ class Run:
     """One evaluated model.
 
     Attributes:
-        name: the evaluation folder's name, with as much of its path before it as tells the runs apart.
+        name: the evaluation folder's name, preceded by as much of its path as is needed to tell the runs apart.
         folder: the evaluation folder.
         model: the model's folder, as `eval` recorded it.
-        family: what it was trained from (or is, for a backbone): runs of one family are compared with each other.
-        scores: task -> percent, for the tasks whose every question was asked and answered.
+        family: the backbone it was trained from (for a backbone, its own name): runs of one family are compared with each other.
+        scores: task -> percent, for the tasks of which every question was asked and answered.
         partial: task -> (percent, what is missing), for the others; never averaged, never marked as best.
-        flaws: task -> what lowered a score that is whole: unreadable images, cut prompts.
+        flaws: task -> what may have lowered a complete score: unreadable images, cut prompts.
         layers: decoder layers tuned, in the numbers of the model before any pruning; None for a plain language model.
         num_layers: decoder layers before any pruning, None if not known.
         metric: the importance metric that the layers were chosen by, or None.
-        pruned, reverted: how many decoder layers were removed, and set back to the backbone's weights.
+        pruned, reverted: how many decoder layers were removed, and how many were put back to the backbone's weights.
         cost: content of `cost.json`, or None.
         data_scale: part of the family's data that it was trained on, in percent.
     """
@@ -47,8 +48,19 @@ class Run:
     metric: str | None = None
     pruned: int = 0
     reverted: int = 0
-    cost: dict | None = None
+    cost: dict[str, Any] | None = None
     data_scale: float = 100.0
+
+    @property
+    def num_tuned(self) -> int:
+        """How many decoder layers were tuned; 0 for a plain language model."""
+        return len(self.layers or ())
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPU hours of training, None if not known."""
+        hours = (self.cost or {}).get("gpu_hours")
+        return float(hours) if hours else None
 
     @property
     def is_full(self) -> bool:
@@ -61,17 +73,18 @@ def read_runs(folders: list[Path], costs: dict[str, str] | None = None, scales: 
 
     Args:
         folders: each the `--out` of `llava-region eval`, or a training run's own folder, which has no scores.
-        costs: run name -> its `cost.json`, where it does not lie in the model's folder.
-        scales: run name -> percent of the data, where it is not to be taken from the samples in `cost.json`.
+        costs: run name -> its `cost.json`, where that is not in the model's folder.
+        scales: run name -> percent of the data, where it should not be computed from the samples in `cost.json`.
 
     Raises:
-        LlavaRegionError: a folder is given twice or is none of these, a file is malformed, or `costs` or `scales` name no run.
+        LlavaRegionError: a folder is given twice or is neither of these, a file is malformed, or a name in `costs` or `scales`
+            is not a run's.
     """
     names = _names(folders)
     for option, given in (("--cost", costs or {}), ("--data-scale", scales or {})):
         unknown = [name for name in given if name not in names]
         if unknown:
-            raise LlavaRegionError(f"{option} names '{unknown[0]}', which is no run; allowed: {', '.join(names)}")
+            raise LlavaRegionError(f"{option} names '{unknown[0]}', which is not a run; allowed: {', '.join(names)}")
     runs = [_read_run(name, folder, (costs or {}).get(name)) for name, folder in zip(names, folders, strict=True)]
     _join_families(runs)
     _set_data_scales(runs, scales or {})
@@ -79,7 +92,7 @@ def read_runs(folders: list[Path], costs: dict[str, str] | None = None, scales: 
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The last part of each path, or as many parts as tell them all apart."""
+    """The last part of each path, or as many parts as are needed to tell them all apart."""
     resolved = [folder.resolve() for folder in folders]
     twice = [str(f) for f, r in zip(folders, resolved, strict=True) if resolved.count(r) > 1]
     if twice:
@@ -101,15 +114,14 @@ def _read_run(name: str, folder: Path, cost: str | None) -> Run:
         _add_score(run, path, task, result)
     if region:
         _add_region(run, path, region)
-    elif upstream and isinstance(data.get("num_layers"), int):  # without a region it was trained as upstream does: all layers
-        run.num_layers = data["num_layers"]
-        run.layers = tuple(range(run.num_layers))
+    elif upstream and isinstance(count := data.get("num_layers"), int):  # without a region it was trained as upstream does: all layers
+        run.num_layers, run.layers = count, tuple(range(count))
     run.cost = _read_cost(folder, model, cost)
     return run
 
 
-def _read_results(folder: Path) -> tuple[dict, Path]:
-    """What `results.json` of an evaluation says, or the same form for a training run's folder; and the file it came from."""
+def _read_results(folder: Path) -> tuple[dict[str, Any], Path]:
+    """What `results.json` of an evaluation says, or the same keys for a training run's folder; and the file it came from."""
     path, region = folder / RESULTS_FILE, folder / REGION_FILE
     if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
         return {"model": str(folder), "upstream": None, "region": read_json(region), "tasks": {}}, region
@@ -123,11 +135,12 @@ def _read_results(folder: Path) -> tuple[dict, Path]:
     return data, path
 
 
-def _add_score(run: Run, path: Path, task: str, result) -> None:
-    """File a task's score under `scores` if it is over all questions, else under `partial`."""
+def _add_score(run: Run, path: Path, task: str, result: Any) -> None:
+    """Put a task's score into `scores` if it is over all questions, else into `partial`."""
     if task not in tasks.NAMES:
         raise LlavaRegionError(f"{path} has an unknown task '{task}'; allowed: {', '.join(tasks.NAMES)}")
-    score = result.get("score") if isinstance(result, dict) else None
+    result = result if isinstance(result, dict) else {}
+    score = result.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise LlavaRegionError(f"the score of {task} in {path} is {score!r}; allowed: 0 to 100 percent")
     asked, missing = result.get("n", 0), result.get("missing", 0)
@@ -142,8 +155,8 @@ def _add_score(run: Run, path: Path, task: str, result) -> None:
             run.flaws[task] = text
 
 
-def _add_region(run: Run, path: Path, region: dict) -> None:
-    """Layers tuned and pruned, in the numbers of the model before pruning."""
+def _add_region(run: Run, path: Path, region: dict[str, Any]) -> None:
+    """Set the layers tuned, in the numbers of the model before pruning, and how many were pruned or reverted."""
     pruned = region.get("pruned") or {}
     layers, count = pruned.get("original_layers", region.get("layers")), pruned.get("original_num_layers", region.get("num_layers"))
     if not isinstance(layers, list) or not isinstance(count, int):
@@ -154,34 +167,34 @@ def _add_region(run: Run, path: Path, region: dict) -> None:
 
 
 def _model_name(path: str | None) -> str:
-    """Last part of a model's folder or hub id; of a folder in the hub's cache, the model's name and not the snapshot's hash."""
+    """Last part of a model's folder or hub id; for a folder in the hub's cache, the model's name and not the snapshot's hash."""
     parts = Path(path).parts if path else ()
     cached = next((part for part in parts if part.startswith("models--")), None)
     return cached.split("--")[-1] if cached else parts[-1] if parts else ""
 
 
-def _read_cost(folder: Path, model: str, given: str | None) -> dict | None:
-    """`cost.json` as given, else of the model's folder (or, for a `checkpoint-N`, the run's), else of the evaluation's parent."""
+def _read_cost(folder: Path, model: str, given: str | None) -> dict[str, Any] | None:
+    """`cost.json` as given, else of the model's folder (for a `checkpoint-N`, also the run's), else of the evaluation's parent."""
     if given is not None:
         path = Path(given) / COST_FILE if Path(given).is_dir() else Path(given)
         return read_json(path)
     places = [Path(model), Path(model).parent if Path(model).name.startswith("checkpoint-") else None, folder.resolve().parent]
     for place in places:
-        # a cost.json of another model may lie above the evaluation: it has to be a run's folder
+        # the folder above the evaluation may hold the cost of another model: it must be the folder of a run
         if place is not None and (place / COST_FILE).is_file() and (place / REGION_FILE).is_file():
             return read_json(place / COST_FILE)
     return None
 
 
 def _join_families(runs: list[Run]) -> None:
-    """Put a model of unknown origin, such as the upstream's own release, into the only family there is with as many layers."""
+    """Put a model of unknown origin, such as a released one, into the only family with as many layers, if there is just one."""
     for run in [run for run in runs if not run.family]:
         fitting = {other.family for other in runs if other.family and run.num_layers in (None, other.num_layers)}
         run.family = fitting.pop() if len(fitting) == 1 else _model_name(run.model)
 
 
 def _set_data_scales(runs: list[Run], scales: dict[str, str]) -> None:
-    """Percent of the data: as given, else the samples seen over those of the run in the family that saw most."""
+    """Percent of the data: as given, else a run's samples divided by the most samples of any run of its family."""
     most: dict[str, float] = {}
     for run in runs:
         samples = (run.cost or {}).get("samples") or 0

@@ -1,49 +1,128 @@
-"""The paper's tables for one's own runs: per task, average over the eight visual tasks, percent of the all-layers run.
+"""The paper's tables for one's own runs: score per task, average over the eight visual tasks, percent of the all-layers run.
 
-Tables 1 to 4 differ in how rows are named and ordered and in their tasks; table 0 has one row a run, with every task.
+What sets the tables apart (tasks, names and order of the rows) is in `TABLES`; table 0 has one row per run, with every task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from llava_region import files as atomic
-from llava_region import tasks
+from llava_region import files, tasks
 from llava_region.errors import LlavaRegionError
-from llava_region.region import Region
 from llava_region.report import paper
-from llava_region.report.formats import TITLES, WRITERS, Line, Table, mark_best, missing_text, rounded
+from llava_region.report.formats import TITLES, Line, Table, formats_of, mark_best, missing_text, rounded
 from llava_region.report.runs import Run
+from llava_region.report.selections import place_of, selection_of
 
 TEXT = ("mmlu", "bbh")
-CAPTIONS = {
-    0: "All runs",
-    1: "Table 1: layer selection methods",
-    2: "Table 2: numbers of layers",
-    3: "Table 3: numbers of layers, several models",
-    4: "Table 4: text-only tasks",
-}
-# Strategies of `--tune_layers` in Table 1's order, and the metrics of `llava-region score`.
-STRATEGIES = {
-    "sparse": "Sparse & Uniform",
-    "lower": "Consecutive Lower",
-    "lower-middle": "Consecutive Lower-middle",
-    "upper-middle": "Consecutive Upper-middle",
-    "top": "Consecutive Top",
-    "hybrid": "Hybrid Top-Lower",
-}
-METRICS = {
-    "image_attention": "Image Attention Score",
-    "parameter_change": "Parameter Change Ratio",
-    "block_influence": "Block Influence Score",
-    "multimodal_block_influence": "Multimodal BI Score",
-    "angular_distance": "Angular Distance",
-    "angular_distance_weights": "Angular Distance (weights)",
-}
-OTHER = "Other selections"
 
 
-def average(scores: dict[str, float], columns=tasks.VISUAL) -> float | None:
+@dataclass(frozen=True)
+class PaperTable:
+    """How one table is made from runs.
+
+    Attributes:
+        file_name: of its files, without the suffix.
+        caption: its title.
+        columns: tasks that are always shown.
+        label: run -> what its row is called.
+        order: run -> sort key within its family, below the baseline; equal keys stay in the order given.
+        section: run -> heading that its row appears under; empty for none.
+        optional_columns: tasks that are shown where any run has them.
+        averaged: whether rows have the mean of the eight visual tasks, in percent of the baseline's too.
+        visual_only: whether plain language models are left out unless they answered a visual task.
+        paper_rows: the paper's own numbers, in the order of `columns`.
+    """
+
+    file_name: str
+    caption: str
+    columns: tuple[str, ...]
+    label: Callable[[Run], str]
+    order: Callable[[Run], tuple]
+    section: Callable[[Run], str] = lambda run: ""
+    optional_columns: tuple[str, ...] = ()
+    averaged: bool = True
+    visual_only: bool = True
+    paper_rows: tuple[paper.Row, ...] = ()
+
+
+def _changes(run: Run) -> str:
+    """What else sets a run apart, to append to its label."""
+    pruned = f", {run.pruned} pruned" if run.pruned else ""
+    reverted = f", {run.reverted} reverted" if run.reverted else ""
+    return pruned + reverted + (f", {run.data_scale:g}% of the data" if run.data_scale < 100 else "")
+
+
+def _count(run: Run) -> str:
+    return f"{run.num_tuned} layer{'s' * (run.num_tuned != 1)}"
+
+
+def _selection_label(run: Run) -> str:
+    return selection_of(run).label + _changes(run)
+
+
+def _count_label(run: Run) -> str:
+    return (run.name if run.layers is None else _count(run)) + _changes(run)
+
+
+def _training_label(run: Run) -> str:
+    kind = "LLM backbone" if run.layers is None else f"{'Fully' if run.is_full else 'Partial'}-trained ({_count(run)})"
+    return kind + _changes(run)
+
+
+def _most_layers_first(run: Run) -> tuple:
+    return run.layers is None, -run.num_tuned, run.pruned, -run.data_scale
+
+
+def _by_selection(run: Run) -> tuple:
+    return run.layers is None, place_of(selection_of(run)), *_most_layers_first(run)
+
+
+TABLES = {
+    0: PaperTable(
+        "runs", "All runs", tasks.VISUAL, optional_columns=TEXT, label=lambda run: run.name, order=lambda run: (), visual_only=False
+    ),
+    1: PaperTable(
+        "table1",
+        "Table 1: layer selection methods",
+        tasks.VISUAL,
+        label=_selection_label,
+        order=_by_selection,
+        section=lambda run: selection_of(run).section,
+        paper_rows=paper.TABLE_1,
+    ),
+    2: PaperTable(
+        "table2",
+        "Table 2: numbers of layers",
+        tasks.VISUAL,
+        label=_count_label,
+        order=_most_layers_first,
+        paper_rows=paper.TABLE_2,
+    ),
+    3: PaperTable(
+        "table3",
+        "Table 3: numbers of layers, several models",
+        tasks.VISUAL,
+        label=_count_label,
+        order=_most_layers_first,
+        paper_rows=paper.TABLE_3,
+    ),
+    4: PaperTable(
+        "table4",
+        "Table 4: text-only tasks",
+        TEXT,
+        label=_training_label,
+        order=_most_layers_first,
+        averaged=False,
+        visual_only=False,
+        paper_rows=paper.TABLE_4,
+    ),
+}
+
+
+def average(scores: dict[str, float], columns: Sequence[str] = tasks.VISUAL) -> float | None:
     """Mean of the columns' scores (Avg of Tables 1 to 3), or None if one is missing."""
     if any(column not in scores for column in columns):
         return None
@@ -59,19 +138,19 @@ def find_baselines(runs: list[Run], names: list[str]) -> dict[str, Run]:
     """Family -> the run that its percentages refer to.
 
     Args:
-        names: runs that the user named, by name or folder, one a family. A family without one takes its only unpruned
+        names: runs that the user named, by name or folder, one per family. A family without one takes its only unpruned
             run that tuned all layers on all the data; where there is none or several, it has no baseline.
 
     Raises:
-        LlavaRegionError: a name is no run, or two are of the same family.
+        LlavaRegionError: a name is not a run's, or two are of the same family.
     """
     found: dict[str, Run] = {}
     for name in names:
         run = next((r for r in runs if name == r.name or Path(name).resolve() == r.folder.resolve()), None)
         if run is None:
-            raise LlavaRegionError(f"the baseline '{name}' is no run; allowed: {', '.join(r.name for r in runs)}")
+            raise LlavaRegionError(f"the baseline '{name}' is not a run; allowed: {', '.join(r.name for r in runs)}")
         if run.family in found:
-            raise LlavaRegionError(f"'{found[run.family].name}' and '{name}' are both of {run.family}; give one baseline a model")
+            raise LlavaRegionError(f"'{found[run.family].name}' and '{name}' are both of {run.family}; give one baseline per model")
         found[run.family] = run
     for family in {run.family for run in runs} - set(found):
         full = [r for r in runs if r.family == family and r.is_full and not r.pruned and not r.reverted and r.data_scale == 100]
@@ -80,34 +159,24 @@ def find_baselines(runs: list[Run], names: list[str]) -> dict[str, Run]:
     return found
 
 
-def build_table(number: int, runs: list[Run], baselines: dict[str, Run], with_paper: bool = False) -> Table:
-    """One of the paper's tables (1 to 4), or the plain one (0), for these runs.
+def build_table(kind: PaperTable, runs: list[Run], baselines: dict[str, Run], with_paper: bool = False) -> Table:
+    """One of the paper's tables, or the plain one, for these runs.
 
     Args:
+        kind: one of `TABLES`.
         baselines: as `find_baselines` gives them.
         with_paper: append the paper's rows, under headings that say so.
     """
-    if 1 <= number <= 3:  # plain language models answer no visual task
+    if kind.visual_only:
         runs = [run for run in runs if run.layers is not None or any(task in run.scores for task in tasks.VISUAL)]
     several = len({run.family for run in runs}) > 1 or with_paper
-    columns = TEXT if number == 4 else tasks.VISUAL if number else tuple(t for t in tasks.NAMES if t in tasks.VISUAL or _any_has(runs, t))
-    lines = []
-    for run in _ordered(number, runs, baselines):
-        base = baselines.get(run.family)
-        mean = average(run.scores) if number != 4 else None
-        section = _strategy(run)[0] if number == 1 else ""
-        line = Line(
-            _label(number, run), run.name, run.family, ": ".join(filter(None, [run.family if several else "", section])),
-            scores={c: run.scores[c] for c in columns if c in run.scores},
-            partial={c: run.partial[c] for c in columns if c in run.partial},
-            average=mean, relative=relative(mean, average(base.scores)) if base else None, baseline=run is base,
-        )  # fmt: skip
-        lines.append(line)
+    columns = (*kind.columns, *(task for task in kind.optional_columns if _any_has(runs, task)))
+    lines = [_line(kind, columns, run, baselines.get(run.family), several) for run in _ordered(kind, runs, baselines)]
     _tell_apart(lines)
-    table = Table(CAPTIONS[number], columns, lines, averaged=number != 4)
+    table = Table(kind.caption, columns, lines, kind.averaged)
     table.notes = _notes(table, baselines, {run.name: run for run in runs})
-    if with_paper and number:
-        _add_paper(table, number)
+    if with_paper and kind.paper_rows:
+        _add_paper(table, kind.paper_rows)
     return table
 
 
@@ -115,64 +184,30 @@ def _any_has(runs: list[Run], task: str) -> bool:
     return any(task in run.scores or task in run.partial for run in runs)
 
 
-def _ordered(number: int, runs: list[Run], baselines: dict[str, Run]) -> list[Run]:
-    """Family by family, the baseline first, then as the paper orders the table; table 0 keeps the order given within a family."""
+def _ordered(kind: PaperTable, runs: list[Run], baselines: dict[str, Run]) -> list[Run]:
+    """Family by family, the baseline first, then as the paper orders the table."""
     families = list(dict.fromkeys(run.family for run in runs))
-    names = list(STRATEGIES.values()) + list(METRICS.values())
-
-    def key(run: Run):
-        head = (families.index(run.family), baselines.get(run.family) is not run)
-        if number == 0:
-            return head
-        section, label = _strategy(run)
-        place = [paper.HEURISTIC, paper.IMPORTANCE, OTHER].index(section) if section else -1
-        strategy = (place, names.index(label) if label in names else len(names)) if number == 1 else ()
-        return (*head, run.layers is None, *strategy, -len(run.layers or ()), run.pruned, -run.data_scale)
-
-    return sorted(runs, key=key)
+    return sorted(runs, key=lambda run: (families.index(run.family), baselines.get(run.family) is not run, *kind.order(run)))
 
 
-def _strategy(run: Run) -> tuple[str, str]:
-    """(section, label) of Table 1: by the metric that the layers were chosen by, else by the strategy that gives these layers."""
-    if run.is_full:
-        return "", "All layers"
-    if run.layers is None:
-        return OTHER, run.name
-    if run.metric is not None:
-        return paper.IMPORTANCE, METRICS.get(run.metric, run.metric.replace("_", " "))
-    for name, label in STRATEGIES.items():
-        if _same_layers(run, name):
-            return paper.HEURISTIC, label
-    for label, layers in paper.IMPORTANCE_SETS.items():
-        if run.num_layers == 32 and run.layers == layers:
-            return paper.IMPORTANCE, f"{label} (the paper's layers)"
-    return OTHER, f"layers {','.join(map(str, run.layers))}"
-
-
-def _same_layers(run: Run, strategy: str) -> bool:
-    try:
-        return Region.parse(f"{strategy}:{len(run.layers)}", run.num_layers).layers == run.layers
-    except LlavaRegionError:
-        return False  # so many layers do not fit from where this strategy starts
-
-
-def _label(number: int, run: Run) -> str:
-    count = "" if run.layers is None else f"{len(run.layers)} layer{'s' * (len(run.layers) != 1)}"
-    if number == 0:
-        label = run.name
-    elif number == 1:
-        label = _strategy(run)[1]
-    elif number == 4:
-        label = "LLM backbone" if run.layers is None else f"{'Fully' if run.is_full else 'Partial'}-trained ({count})"
-    else:
-        label = count or run.name
-    label += f", {run.pruned} pruned" * (run.pruned > 0 and number > 0)
-    label += f", {run.reverted} reverted" * (run.reverted > 0 and number > 0)
-    return label + f", {run.data_scale:g}% of the data" * (run.data_scale < 100 and number > 0)
+def _line(kind: PaperTable, columns: tuple[str, ...], run: Run, baseline: Run | None, name_family: bool) -> Line:
+    mean = average(run.scores) if kind.averaged else None
+    headings = (run.family if name_family else "", kind.section(run))
+    return Line(
+        kind.label(run),
+        run.name,
+        run.family,
+        section=": ".join(filter(None, headings)),
+        scores={column: run.scores[column] for column in columns if column in run.scores},
+        partial={column: run.partial[column] for column in columns if column in run.partial},
+        average=mean,
+        relative=relative(mean, average(baseline.scores)) if baseline else None,
+        baseline=run is baseline,
+    )
 
 
 def _tell_apart(lines: list[Line]) -> None:
-    """Add the run's name to labels that stand twice in a section."""
+    """Add the run's name to labels that occur twice in a section."""
     seen = [(line.section, line.label) for line in lines]
     for line, key in zip(lines, seen, strict=True):
         if seen.count(key) > 1:
@@ -180,16 +215,10 @@ def _tell_apart(lines: list[Line]) -> None:
 
 
 def _notes(table: Table, baselines: dict[str, Run], runs: dict[str, Run]) -> list[str]:
-    """What a reader has to know: the baselines, what bold means, and what each incomplete row lacks."""
+    """What a reader has to know: the baselines, what bold means, what each incomplete row lacks, and what may have lowered a score."""
     notes = []
-    for family in dict.fromkeys(line.family for line in table.lines):
-        base = baselines.get(family)
-        if table.averaged and base is None:
-            notes.append(f"{family} has no baseline: name one with --baseline")
-        elif table.averaged and average(base.scores) is None:
-            notes.append(f"the baseline of {family}, {base.name}, is incomplete, so there are no percentages")
-        elif table.averaged:
-            notes.append(f"percentages of {family} refer to {base.name}")
+    for family in dict.fromkeys(line.family for line in table.lines) if table.averaged else ():
+        notes.append(_baseline_note(family, baselines.get(family)))
     if table.averaged and set(table.columns) & set(TEXT):
         notes.append("Avg is over the eight visual tasks")
     if mark_best(table):
@@ -198,47 +227,44 @@ def _notes(table: Table, baselines: dict[str, Run], runs: dict[str, Run]) -> lis
         if missing := missing_text(table, line):
             average_too = ", not averaged" if table.averaged else ""
             notes.append(f"{line.label} is incomplete{average_too}: {missing}")
-        for task, flaw in runs[line.run].flaws.items():
-            if task in table.columns:
-                notes.append(f"{line.label}, {TITLES[task]}: {flaw}")
+        flaws = runs[line.run].flaws if line.run else {}
+        notes += [f"{line.label}, {TITLES[task]}: {flaw}" for task, flaw in flaws.items() if task in table.columns]
     return notes
 
 
-def _add_paper(table: Table, number: int) -> None:
+def _baseline_note(family: str, baseline: Run | None) -> str:
+    if baseline is None:
+        return f"{family} has no baseline: name one with --baseline"
+    if average(baseline.scores) is None:
+        return f"the baseline of {family}, {baseline.name}, is incomplete, so there are no percentages"
+    return f"percentages of {family} refer to {baseline.name}"
+
+
+def _add_paper(table: Table, rows: tuple[paper.Row, ...]) -> None:
     """Append the paper's rows, and say where its averages do not follow from its own rows."""
-    for row in paper.TABLES[number]:
+    for row in rows:
+        section = f"The paper's numbers: {row.section or paper.BUNNY}"
         scores = dict(zip(table.columns, row.scores, strict=True))
-        section = f"The paper's numbers: {row.section}" if row.section else f"The paper's numbers: {paper.BUNNY}"
-        table.lines.append(
-            Line(row.label, None, section, section, scores, average=row.average, relative=row.percent, paper=True)
-        )  # fmt: skip
+        table.lines.append(Line(row.label, None, section, section, scores, average=row.average, relative=row.percent, paper=True))
         mean = sum(row.scores) / len(row.scores)
         if row.average is not None and abs(mean - row.average) > 0.01:  # more than rounding of the scores can explain
             table.notes.append(f"the paper prints an average of {row.average:.2f} for {row.label}; its row gives {rounded(mean)}")
     table.notes.append("rows under The paper's numbers are as printed in Wang et al. (ACL 2025), not measured here")
 
 
-def render(table: Table, form: str) -> str:
-    """The table as `markdown`, `csv` or `latex`.
-
-    Raises:
-        LlavaRegionError: another form.
-    """
-    if form not in WRITERS:
-        raise LlavaRegionError(f"unknown format '{form}'; allowed: {', '.join(WRITERS)}, all")
-    return WRITERS[form][0](table)
-
-
 def write_tables(tables: dict[int, Table], out: Path, form: str) -> list[Path]:
-    """Write `table1.md`, `.csv`, `.tex`... (`runs.md` for table 0) into a folder; `all` stands for every form.
+    """Write tables into a folder: `table1.md`, `.csv`, `.tex`... (`runs.md` for table 0).
+
+    Args:
+        tables: number -> table.
+        form: `markdown`, `csv`, `latex`, or `all` for every one of them.
 
     Raises:
         LlavaRegionError: unknown form, or the folder is not writable.
     """
     written = []
     for number, table in tables.items():
-        for name in WRITERS if form == "all" else [form]:
-            text = render(table, name)
-            written.append(out / f"{f'table{number}' if number else 'runs'}.{WRITERS[name][1]}")
-            atomic.write_text(written[-1], text)
+        for one in formats_of(form):
+            written.append(out / f"{TABLES[number].file_name}.{one.suffix}")
+            files.write_text(written[-1], one.render(table))
     return written

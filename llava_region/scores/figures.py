@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-TOP, OTHER = "#c44e52", "#8c8c8c"
+from llava_region import plotting
+from llava_region.plotting import COLOURS, GREY
 
 
-def draw(scores: dict, folder: Path, top: dict[str, list[int]]) -> list[Path]:
+def draw(scores: dict[str, Any], folder: Path, top: dict[str, list[int]]) -> list[Path]:
     """Draw every metric and, if there are instances, the heat map; returns the PNG files, `METRIC.png` and `image_attention_instances.png`.
 
     Args:
         scores: the content of a scores file.
-        folder: made if it is not there.
-        top: the layers to set off, a metric.
-    """
-    import matplotlib
+        folder: made if it does not exist.
+        top: metric -> the layers to highlight.
 
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    Raises:
+        LlavaRegionError: the folder is not writable.
+    """
     files = [_draw_ranking(name, metric["scores"], top[name], folder / f"{name}.png") for name, metric in scores["metrics"].items()]
     if scores.get("instances"):
         files.append(_draw_instances(scores, folder / "image_attention_instances.png"))
@@ -28,33 +29,31 @@ def draw(scores: dict, folder: Path, top: dict[str, list[int]]) -> list[Path]:
 
 
 def _draw_ranking(name: str, values: list[float], top: list[int], path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5, 0.25 * len(values) + 1.5), 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(len(values)), values, color=[TOP if layer in top else OTHER for layer in range(len(values))])
-    axes.set(xlabel="decoder layer", ylabel=name.replace("_", " "), title=f"top {len(top)}: {', '.join(map(str, top))}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=150)
+    title = f"top {len(top)}: {', '.join(map(str, top))}"
+    figure, (panel,) = plotting.new_figure(max(5, 0.25 * len(values) + 1.5), 3, [title])
+    panel.bar(range(len(values)), values, color=[COLOURS[1] if layer in top else GREY for layer in range(len(values))])
+    panel.set(xlabel="decoder layer", ylabel=name.replace("_", " "))
+    panel.locator_params(axis="x", integer=True)
+    plotting.save(figure, path)
     return path
 
 
-def _draw_instances(scores: dict, path: Path) -> Path:
+def _draw_instances(scores: dict[str, Any], path: Path) -> Path:
     """Instances down, decoder layers across; each instance scaled to its own largest layer, as they differ in length."""
-    from matplotlib.figure import Figure
-
     blocks = [dataset for dataset in scores["instances"] if dataset["scores"]]
     rows = np.concatenate([np.asarray(block["scores"]) for block in blocks])
     rows = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(float).tiny)
-    figure = Figure(figsize=(max(5, 0.2 * scores["num_layers"] + 2), min(12, max(3, 0.05 * len(rows) + 1.5))), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis")
-    figure.colorbar(image, label="share of the highest layer")
+    height = min(12, max(3, 0.05 * len(rows) + 1.5))
+    figure, (panel,) = plotting.new_figure(max(5, 0.2 * scores["num_layers"] + 2), height)
+    image = panel.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis")
+    bar = figure.colorbar(image)
+    bar.set_label("share of the highest layer", size=plotting.LABEL)
+    bar.ax.tick_params(labelsize=plotting.SMALL)
     ends = np.cumsum([len(block["scores"]) for block in blocks])
     for end in ends[:-1]:
-        axes.axhline(end - 0.5, color="white", linewidth=1)
+        panel.axhline(end - 0.5, color="white", linewidth=1)
     middles = ends - np.asarray([len(block["scores"]) for block in blocks]) / 2 - 0.5
-    axes.set_yticks(middles, [block["data"] for block in blocks])
-    axes.set(xlabel="decoder layer")
-    figure.savefig(path, dpi=150)
+    panel.set_yticks(middles, [block["data"] for block in blocks])
+    panel.set(xlabel="decoder layer")
+    plotting.save(figure, path)
     return path

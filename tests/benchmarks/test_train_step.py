@@ -103,6 +103,7 @@ def test_command_line(bench, capsys, tmp_path):
         (["--region", "sparse:99"], "sparse:99"),
         (["--repeats", "0"], "--repeats must be 1 or more"),
         (["--region_memory", "1KB"], "--region_memory 1 KB is too little"),
+        (["--plot", "step.jpeg"], "cannot be written as 'step.jpeg'; allowed: .png, .svg, .pdf"),
         (["--region_memory", "lots"], "'lots' is no memory size"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.perplexity import Likelihood, parse_sweep, perplexity, sweep
-from llava_region.evaluation.perplexity_plot import layer_text, rises
+from llava_region.evaluation.perplexity_plot import rises
 from llava_region.models.loading import load
 
 
@@ -175,7 +175,6 @@ def test_the_command_prints_writes_and_draws(llava_checkpoint, tiny, data, tmp_p
 
 
 def test_helpers():
-    assert layer_text([]) == "none" and layer_text([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert [r.layers for r in parse_sweep("0; 1,2 ;2,1", 4)] == [(0,), (1, 2)]
     rows = [{"data": "a", "reverted": [], "perplexity": 2.0}, {"data": "a", "reverted": [1], "perplexity": 3.0}]
     assert rises([*rows, {"data": "a", "reverted": [2], "perplexity": None}]) == [0, 50, None]

@@ -1,0 +1,92 @@
+"""`llava-region report`: what is printed and written, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_region.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main(["report", *map(str, argv)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command_prints_markdown_and_json(table_2: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, *table_2, "--baseline", "bunny-32", "--table", 2)
+    assert code == 0 and "| 16 layers |" in text and "98.97" in text
+    code, text, _ = run(capsys, *table_2, "--table", 2, "--table", 1, "--json")
+    data = json.loads(text)
+    assert set(data["tables"]) == {"1", "2"} and data["files"] == []
+    assert data["tables"]["2"]["lines"][1]["relative"] == pytest.approx(100 * 62.8575 / 63.51125)
+    code, text, error = run(capsys, *table_2, "--paper")
+    assert code == 0 and "bunny-32" in text and "go with --table" in error  # all tasks, run by run
+
+
+def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    code, text, error = run(capsys, *scaled, "--table", 2, "--figure", 2, "--figure", 3, "--paper", "--out", out)
+    names = {"table2.md", "table2.csv", "table2.tex", "figure2.png", "figure2.svg", "figure3.png", "figure3.svg"}
+    assert code == 0 and {path.name for path in out.iterdir()} == names and len(text.splitlines()) == len(names)
+    assert error == "figure 3: the paper's text gives no numbers for it\n"
+    code, text, _ = run(capsys, *scaled, "--table", 4, "--format", "csv", "--out", tmp_path / "csv")
+    assert [path.name for path in (tmp_path / "csv").iterdir()] == ["table4.csv"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--baseline", "none"], "the baseline 'none' is not a run"),
+        (["--table", "5"], "--table"),
+        (["--figure", "1"], "--figure"),
+        (["--figure", "2"], "--out DIR"),
+        (["--format", "html"], "unknown format 'html'; allowed: markdown, csv, latex, all"),
+        (["--format", "all"], "--out DIR"),
+        (["--cost", "bunny-8"], "has no '='"),
+        (["--cost", "x=cost.json"], "--cost names 'x'"),
+        (["--cost", "bunny-8=/nowhere/cost.json"], "cannot read"),
+        (["--figure", "4", "--out", "OUT", "--table", "2"], "figure 4 needs runs with layers pruned"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    table_2: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, text, error = run(capsys, *table_2, *[str(tmp_path / "out") if a == "OUT" else a for a in argv])
+    assert code == 2 and text == "" and message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "has no 'tasks'"),
+        ('{"model": "m", "tasks": {"vqa": {"score": 1, "n": 1}}}', "unknown task 'vqa'"),
+        ('{"model": "m", "tasks": {"gqa": {"score": 140, "n": 1}}}', "the score of gqa in"),
+        ('{"model": "m", "tasks": {"gqa": {"n": 1}}}', "is None; allowed: 0 to 100"),
+        ('{"model": "m", "tasks": {"gqa": 3}}', "the score of gqa in"),
+        ('{"model": "m", "tasks": {}, "region": {"layers": [1]}}', "names no 'layers' or 'num_layers'"),
+    ],
+)
+def test_malformed_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    code, _, error = run(capsys, tmp_path)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, tmp_path)
+    assert code == 2 and "holds no results.json; give the --out folder of 'llava-region eval'" in error
+
+
+def test_tables_need_neither_torch_nor_matplotlib(table_2: list[Path]) -> None:
+    code = "import sys; from llava_region.cli import main; main(sys.argv[1:]); print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, "report", *map(str, table_2)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

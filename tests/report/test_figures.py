@@ -1,0 +1,106 @@
+"""Figures 2 to 4: the series, and what is drawn of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_region import tasks
+from llava_region.errors import LlavaRegionError
+from llava_region.report.figures import FIGURES, draw, figure_data
+from llava_region.report.runs import read_runs
+from llava_region.report.series import TASKS_OVER_LAYERS, TASKS_OVER_PRUNED
+from tests.helpers.pictures import png_size, readable_svg
+from tests.helpers.report_runs import VICUNA_13B, WHOLE, cost, evaluated, region_of
+
+
+def test_figure_2_has_a_line_per_data_scale(scaled: list[Path]) -> None:
+    data, remarks = figure_data(FIGURES[2], read_runs(scaled))
+    (lines,) = data.values()
+    assert remarks == [] and len(lines) == 12
+    line = next(x for x in lines if x["task"] == "textvqa" and x["data_percent"] == 25)
+    assert line == {
+        "task": "textvqa", "data_percent": 25, "layers": [4, 8, 32], "scores": pytest.approx([60.74, 60.43, 60.11]),
+        "full": pytest.approx(60.11), "paper": False,
+    }  # fmt: skip
+    with_paper, _ = figure_data(FIGURES[2], read_runs(scaled), with_paper=True)
+    theirs = [x for x in next(iter(with_paper.values())) if x["paper"]]
+    assert [x["task"] for x in theirs] == list(TASKS_OVER_LAYERS)
+    assert theirs[0]["layers"] == [1, 2, 4, 6, 8, 16, 32] and theirs[0]["scores"][-1] == 64.26
+
+
+def test_figures_take_the_uniform_selection_and_say_what_they_leave_out(scaled: list[Path], tmp_path: Path) -> None:
+    top = evaluated(tmp_path, "top-8", dict.fromkeys(tasks.VISUAL, 1.0), region_of("top:8"), cost=cost(695_000, 99))
+    for order in ([top, *scaled], [*scaled, top]):
+        data, remarks = figure_data(FIGURES[2], read_runs(order))
+        assert remarks == ["left out, as another run tuned as many layers: top-8"]
+        assert min(s for line in next(iter(data.values())) for s in line["scores"]) > 1
+
+
+def test_figure_3_is_of_the_whole_models_on_all_the_data(scaled: list[Path], tmp_path: Path) -> None:
+    note = {"original_layers": [0, 31], "original_num_layers": 32, "dropped": [30]}
+    pruned = evaluated(tmp_path, "pruned", WHOLE, region_of("0,30", 31, pruned=note), cost=cost(695_000, 99))
+    data, _ = figure_data(FIGURES[3], read_runs([*scaled, pruned]))
+    (line,) = data["Meta-Llama-3-8B-Instruct"]
+    assert line == {"layers": [4, 8, 32], "gpu_hours": [14, 18, 42], "full": 42, "device": "8 × NVIDIA A800"}
+
+
+def test_figure_4_compares_full_with_region(pruned: list[Path]) -> None:
+    data, _ = figure_data(FIGURES[4], read_runs(pruned))
+    lines = {(x["task"], x["full"]): x for x in data["vicuna-7b-v1.5"]}
+    assert set(lines) == {(task, full) for task in TASKS_OVER_PRUNED for full in (True, False)}
+    assert lines["ocrvqa", True]["scores"] == pytest.approx([64.26, 61.26, 58.26]) and lines["ocrvqa", True]["layers_tuned"] == 32
+    assert lines["ocrvqa", False]["scores"] == pytest.approx([64.26, 63.26, 62.26]) and lines["ocrvqa", False]["layers_tuned"] == 8
+    assert lines["textvqa", False]["pruned"] == [0, 1]
+
+
+def test_incomplete_scores_are_not_drawn(tmp_path: Path) -> None:
+    part = {"gqa": {"score": 60.0, "n": 5, "missing": 0, "limit": 5}}
+    folder = evaluated(tmp_path, "a", {}, region_of("all"), results=part)
+    for number in (2, 3, 4):
+        with pytest.raises(LlavaRegionError, match=f"figure {number} needs runs with"):
+            figure_data(FIGURES[number], read_runs([folder]))
+
+
+def test_figures_are_drawn_with_what_they_show(scaled: list[Path], pruned: list[Path], tmp_path: Path) -> None:
+    with readable_svg():
+        for number, folders in ((2, scaled), (3, scaled), (4, pruned)):
+            data, _ = figure_data(FIGURES[number], read_runs(folders), with_paper=True)
+            files = draw(FIGURES[number], data, tmp_path / "out")
+            assert [file.name for file in files] == [f"figure{number}.png", f"figure{number}.svg"]
+            assert min(png_size(files[0])) > 500
+    texts = {n: (tmp_path / "out" / f"figure{n}.svg").read_text() for n in (2, 3, 4)}
+    shown = {
+        2: ["OCRVQA", "TextVQA", "TDIUC", "GQA", "100 % of the data", "25 % of the data", "98 % of all layers", "(Table 2)"],
+        3: ["Meta-Llama-3-8B-Instruct", "8 × NVIDIA A800", "GPU hours", "42.0", "18.0", "−57 %"],
+        4: ["ScienceQA", "all 32 layers tuned", "region of 8 layers tuned", "layers pruned"],
+    }
+    shown[2] += ["layers tuned"]
+    for number, words in shown.items():
+        assert [word for word in words if word not in texts[number]] == []
+
+
+def test_figure_4_is_dashed_for_the_full_model(pruned: list[Path]) -> None:
+    data, _ = figure_data(FIGURES[4], read_runs(pruned))
+    drawn = FIGURES[4].draw(data)
+    styles = {line.get_label(): line.get_linestyle() for axis in drawn.axes for line in axis.lines}
+    assert styles == {"all 32 layers tuned": "--", "region of 8 layers tuned": "-"}
+
+
+def test_figure_2_without_an_all_layers_run_has_no_98_percent_line(scaled: list[Path]) -> None:
+    def horizontal(folders: list[Path]) -> list[float]:
+        data, _ = figure_data(FIGURES[2], read_runs(folders))
+        axes = FIGURES[2].draw(data).axes
+        return [line.get_ydata()[0] for line in axes[0].lines if len(line.get_ydata()) == 2 and line.get_linestyle() == "--"]
+
+    assert horizontal(scaled) == pytest.approx([0.98 * (64.26 - less) for less in (0, 2, 4)])
+    assert horizontal([folder for folder in scaled if not folder.name.startswith("32-")]) == []
+
+
+def test_figures_of_several_families_have_files_of_their_own(scaled: list[Path], tmp_path: Path) -> None:
+    other = evaluated(tmp_path, "13b", WHOLE, region_of("all", 40, VICUNA_13B), cost=cost(665_000, 90))
+    runs = read_runs([*scaled, other])
+    names = [file.name for file in draw(FIGURES[2], figure_data(FIGURES[2], runs)[0], tmp_path / "out")]
+    assert names[::2] == ["figure2-Meta-Llama-3-8B-Instruct.png", "figure2-vicuna-13b-v1.5.png"]
+    assert [file.name for file in draw(FIGURES[3], figure_data(FIGURES[3], runs)[0], tmp_path / "out")] == ["figure3.png", "figure3.svg"]
