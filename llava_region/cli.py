@@ -6,6 +6,7 @@ import re
 import sys
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 import typer
 
@@ -13,7 +14,7 @@ from llava_region import __version__, commands
 from llava_region.errors import LlavaRegionError
 
 # click's base error, whichever of typer's own or an installed click this typer was built on
-_ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="llava-region",

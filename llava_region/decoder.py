@@ -78,7 +78,8 @@ def part_of(name: str) -> Part:
     if layer_index(name) is not None:
         return "layer"
     parts, components = declared(), set(name.split("."))
-    for part in ("vision", "projector", "embeddings", "head"):
+    others: tuple[Part, ...] = ("vision", "projector", "embeddings", "head")
+    for part in others:
         if components & set(getattr(parts, part)):
             return part
     raise LlavaRegionError(
@@ -141,7 +142,9 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
     pattern = declared().layer_pattern
     found = []
     for name, module in model.named_modules():
-        match = pattern.search(f"{name}.0") if isinstance(module, nn.ModuleList) and layer_index(f"{name}.0") == 0 else None
+        if not isinstance(module, nn.ModuleList) or layer_index(f"{name}.0") != 0:
+            continue
+        match = pattern.search(f"{name}.0")
         if match and match.end() == len(name) + 2:
             found.append(DecoderLayers(name, module))
     if len(found) != 1:

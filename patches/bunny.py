@@ -109,7 +109,7 @@ class Bunny(LLaVAFamily):
         return import_upstream("llava_region.patches.bunny_model", self.title, self.how_to_get).BunnyModels()
 
 
-def _check_tower(args) -> None:
+def _check_tower(args: Namespace) -> None:
     if not args.vision_tower:
         raise LlavaRegionError("--vision_tower is missing; give google/siglip-so400m-patch14-384")
     kinds = [kind for kind in TOWERS if kind in args.vision_tower.lower()]
@@ -125,7 +125,7 @@ def _check_tower(args) -> None:
         )
 
 
-def _check_continued(args, config: dict) -> None:
+def _check_continued(args: Namespace, config: Mapping[str, Any]) -> None:
     """Training goes on from a Bunny checkpoint: its own tower and projector are used, whatever the flags say of theirs."""
     tower, model = config["mm_vision_tower"], args.model_name_or_path
     if Path(tower).is_absolute() and not Path(tower).exists():

@@ -71,9 +71,7 @@ class BunnyModels(ModelSide):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def attach_vision(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]
-    ) -> Any:
+    def attach_vision(self, model: Any, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]) -> Any:
         model.resize_token_embeddings(len(tokenizer))
         tower = model.get_vision_tower()
         if not tower.is_loaded:
@@ -100,7 +98,7 @@ class BunnyModels(ModelSide):
     def image_text(self, config: PretrainedConfig) -> str:
         return DEFAULT_IMAGE_TOKEN
 
-    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
+    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         return tokenizer_image_token(text, tokenizer, return_tensors="pt")
 
     def pixel_values(self, image: Image, processor: Any, config: PretrainedConfig) -> torch.Tensor:
@@ -108,7 +106,7 @@ class BunnyModels(ModelSide):
 
     def example(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str, config: PretrainedConfig
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         turns = copy.deepcopy([record["conversations"]])
         # it prints warnings of mismatched lengths
         with self.default_conversation(template), contextlib.redirect_stdout(sys.stderr):
@@ -121,12 +119,10 @@ class BunnyModels(ModelSide):
         """MiniCPM scales them."""
         return super().embed_text(model, ids) * getattr(model.config, "scale_emb", 1)
 
-    def features_per_image(self, model: PreTrainedModel) -> int:
+    def features_per_image(self, model: Any) -> int:
         return features_per_image(model)
 
-    def embed(
-        self, model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor
-    ) -> Merged:
+    def embed(self, model: Any, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor) -> Merged:
         positions = torch.arange(ids.shape[1], device=ids.device)
         _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
             ids, positions, attention_mask, None, labels, images
@@ -136,7 +132,7 @@ class BunnyModels(ModelSide):
 
 
 def _family_name(config: Mapping[str, Any]) -> str:
-    kind = config.get("model_type", "")
+    kind = str(config.get("model_type"))
     return BACKBONES.get(kind, kind)
 
 

@@ -17,6 +17,7 @@ from llava_region.patches.upstream import Lora, Recipe, Upstream
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 FLAGS = {
     "model": "--model_name_or_path", "cache_dir": "--cache_dir", "data": "--data_path", "images": "--image_folder",
@@ -41,7 +42,7 @@ class LLaVAFamily(Upstream):
         head=("norm", "final_layernorm", "norm_f", "lm_head"),
         config_prefixes=("mm_",),
     )
-    save = "safe_save_model_for_hf_trainer"
+    save: ClassVar[str] = "safe_save_model_for_hf_trainer"
     model_fields: ClassVar[tuple[str, ...]]
     train_parameters: ClassVar[tuple[str, ...]] = ()  # of train() itself
 
@@ -114,7 +115,7 @@ class LLaVAFamily(Upstream):
         return parents[2] if len(parents) > 2 and (parents[0].name, parents[1].name) == ("train", self.name) else None
 
 
-def features_per_image(model: nn.Module) -> int:
+def features_per_image(model: Any) -> int:
     """Patches of the vision tower, each of which becomes a token; 1 for a model that has no tower yet."""
     return getattr(model.get_vision_tower(), "num_patches", 1)
 
@@ -124,7 +125,7 @@ def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("mm_vision_tower", "model_type", "architectures")}
 
 
-def vision_model(tower: str, cache_dir: str | None = None) -> nn.Module | None:
+def vision_model(tower: str, cache_dir: str | None = None) -> PreTrainedModel | None:
     """A vision tower's transformers model on the default device, from its config alone; None where it is not on this machine."""
     from transformers import AutoConfig, AutoModel
 

@@ -68,9 +68,7 @@ class LLaVAModels(ModelSide):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         return tokenizer
 
-    def attach_vision(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]
-    ) -> Any:
+    def attach_vision(self, model: Any, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]) -> Any:
         """Also adds the image tokens that the config asks for."""
         if getattr(model.config, "mm_use_im_patch_token", True):
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
@@ -93,19 +91,19 @@ class LLaVAModels(ModelSide):
             return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         return DEFAULT_IMAGE_TOKEN
 
-    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
-        return tokenizer_image_token(text, tokenizer, return_tensors="pt")
+    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        return torch.as_tensor(tokenizer_image_token(text, tokenizer, return_tensors="pt"))
 
     def pixel_values(self, image: Image, processor: Any, config: PretrainedConfig) -> torch.Tensor:
         return process_images([image], processor, config)[0]
 
     def example(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str, config: PretrainedConfig
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        self, record: Mapping[str, Any], tokenizer: Any, template: str, config: PretrainedConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from llava.train import train
 
-        turns = copy.deepcopy([record["conversations"]])
-        settings = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=getattr(config, "mm_use_im_start_end", False))
+        turns: Any = copy.deepcopy([record["conversations"]])
+        settings: Any = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=getattr(config, "mm_use_im_start_end", False))
         # it prints warnings of mismatched lengths
         with self.default_conversation(template), contextlib.redirect_stdout(sys.stderr):
             if "image" in record:
@@ -113,12 +111,10 @@ class LLaVAModels(ModelSide):
             out = train.preprocess(turns, tokenizer, has_image="image" in record)
         return out["input_ids"][0], out["labels"][0]
 
-    def features_per_image(self, model: PreTrainedModel) -> int:
+    def features_per_image(self, model: Any) -> int:
         return features_per_image(model)
 
-    def embed(
-        self, model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor
-    ) -> Merged:
+    def embed(self, model: Any, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor) -> Merged:
         positions = torch.arange(ids.shape[1], device=ids.device)
         _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
             ids, positions, attention_mask, None, labels, images, image_sizes=None

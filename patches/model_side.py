@@ -11,7 +11,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 class Family(NamedTuple):
     """One model type of `config.json`: the class that runs it, and the conversation template that it is trained with."""
 
-    model_class: type[PreTrainedModel]
+    model_class: Any
     template: str
 
 
@@ -52,7 +51,7 @@ class ModelSide(ABC):
 
     title: ClassVar[str]
     families: ClassVar[Mapping[str, Family]]
-    conversation: ClassVar[ModuleType]
+    conversation: ClassVar[Any]
     tower_keys: ClassVar[tuple[str, ...]] = ("mm_vision_tower",)
 
     # -- loading
@@ -106,9 +105,7 @@ class ModelSide(ABC):
         """The tokenizer as the upstream loads it for training, able to pad."""
 
     @abstractmethod
-    def attach_vision(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]
-    ) -> Any:
+    def attach_vision(self, model: Any, tokenizer: PreTrainedTokenizerBase, weights: Path, extra: Mapping[str, torch.Tensor]) -> Any:
         """Load the vision tower, in the model's dtype and on its device; where it was trained, with the weights of that training.
 
         Args:
@@ -163,7 +160,7 @@ class ModelSide(ABC):
     # -- tensors
 
     @abstractmethod
-    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
+    def input_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Token ids (T,) of a prompt, negative where it says `<image>`."""
 
     @abstractmethod
@@ -173,11 +170,11 @@ class ModelSide(ABC):
     @abstractmethod
     def example(
         self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str, config: PretrainedConfig
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One training record through the upstream's own preprocessing: ids (T,) and labels (T,), -100 but on answers and EOS."""
 
     @abstractmethod
-    def features_per_image(self, model: PreTrainedModel) -> int:
+    def features_per_image(self, model: Any) -> int:
         """Tokens that one image becomes in the language model."""
 
     def embed_text(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -185,9 +182,7 @@ class ModelSide(ABC):
         return model.get_input_embeddings()(ids)
 
     @abstractmethod
-    def embed(
-        self, model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor
-    ) -> Merged:
+    def embed(self, model: Any, ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor) -> Merged:
         """The upstream's own merge of text and image features.
 
         Args:

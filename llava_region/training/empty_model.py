@@ -37,7 +37,7 @@ def empty_model(upstream: Upstream, preflight: Preflight) -> nn.Module:
     return model
 
 
-def _with_lora(model: nn.Module, recipe: Recipe, run: RegionRun) -> nn.Module:
+def _with_lora(model: Any, recipe: Recipe, run: RegionRun) -> nn.Module:
     if recipe.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -47,6 +47,6 @@ def _with_lora(model: nn.Module, recipe: Recipe, run: RegionRun) -> nn.Module:
     return get_peft_model(model, LoraConfig(target_modules=run.find_linear_names(model), task_type="CAUSAL_LM", **options))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The upstream's model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

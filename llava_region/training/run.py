@@ -72,7 +72,7 @@ class RegionRun:
         """
         return linear_modules(model, self.resolve(model).layers)
 
-    def prepare_model(self, model: nn.Module, args: Any) -> None:
+    def prepare_model(self, model: Any, args: Any) -> None:
         """Freeze what is not to be tuned (full tuning), check that nothing else trains, and note the region in the config.
 
         Args:
@@ -94,6 +94,7 @@ class RegionRun:
 
     def record(self) -> dict:
         """The content of `region.json`."""
+        assert self.region is not None, "the record of a run is written once its model is there"
         return {
             **self.region.to_dict(),
             "mode": self.mode,
