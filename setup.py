@@ -18,13 +18,10 @@ setup(
         "llava_region",
         *(f"llava_region.{name}" for name in find_packages("llava_region")),
         "llava_region.patches",
+        *(f"llava_region.patches.{name}" for name in find_packages("patches")),
         "llava_region.recipes",
     ],
     package_dir={"llava_region.patches": "patches", "llava_region.recipes": "scripts"},
-    package_data={
-        "llava_region": ["py.typed"],
-        "llava_region.patches": ["py.typed"],
-        "llava_region.recipes": ["launching.sh", "train/*", "reproduce/*", "slurm/*", "deepspeed/*"],
-    },
+    package_data={"llava_region.recipes": ["launching.sh", "train/*", "reproduce/*", "slurm/*", "deepspeed/*"]},
     cmdclass={"build_py": RecipesAreData},
 )
