@@ -1,11 +1,16 @@
 # make demo   train a tiny LLaVA on all layers and on a quarter of them, and compare (about 5 minutes after installation)
 # make test   the whole test suite, with the real LLaVA and real ZeRO-3 on two CPU ranks
 # make lint   ruff
+# make wheel-smoke   build sdist and wheel, and run the wheel from a clean environment
 # make test-bunny BUNNY_ROOT=DIR   the tests against a checkout of Bunny
 #
 # Each makes the virtual environment it needs. Python 3.10 to 3.12, make and g++ are enough.
+# torch is installed from your package index: on Linux that is a CUDA build of several gigabytes. TORCH names another one:
+#   make test TORCH=torch==2.13.0+cpu PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# the version made for that torch; Bunny's SigLIP tower imports it
+TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BUNNY_VENV ?= .venv-bunny
 PYTEST_FLAGS ?= -q
@@ -13,28 +18,37 @@ PYTEST_FLAGS ?= -q
 export HF_HUB_OFFLINE = 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint test-bunny clean install
-install: $(VENV)/.ready
+.PHONY: test demo lint test-bunny wheel-smoke clean install install-llava install-bunny dependencies-llava dependencies-bunny
+install: install-llava
+install-llava: $(VENV)/.ready
+install-bunny: $(BUNNY_VENV)/.ready
+dependencies-llava: $(VENV)/.dependencies
+dependencies-bunny: $(BUNNY_VENV)/.dependencies
 
-$(VENV)/.ready: Makefile setup.py pyproject.toml tests/requirements-llava.txt
+define make-venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"error: Python {v[0]}.{v[1]} given, 3.10 to 3.12 needed; try make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --upgrade pip 'setuptools<81' wheel
-	$(VENV)/bin/pip install -q $(TORCH)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install -q --upgrade pip 'setuptools>=77,<81' wheel
+	$(1)/bin/pip install -q $(TORCH)
+endef
+
+$(VENV)/.dependencies: Makefile tests/requirements-llava.txt
+	$(call make-venv,$(VENV))
 	$(VENV)/bin/pip install -q -r tests/requirements-llava.txt
 	$(VENV)/bin/pip install -q --no-deps llava-torch==1.2.2.post1
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install -q --no-build-isolation --no-deps deepspeed==0.16.9
-	$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-$(BUNNY_VENV)/.ready: Makefile setup.py pyproject.toml tests/requirements-bunny.txt
-	$(PYTHON) -m venv $(BUNNY_VENV)
-	$(BUNNY_VENV)/bin/pip install -q --upgrade pip 'setuptools<81' wheel
-	$(BUNNY_VENV)/bin/pip install -q $(TORCH)
+$(BUNNY_VENV)/.dependencies: Makefile tests/requirements-bunny.txt
+	$(call make-venv,$(BUNNY_VENV))
 	$(BUNNY_VENV)/bin/pip install -q -r tests/requirements-bunny.txt
-	$(BUNNY_VENV)/bin/pip install -q --no-deps timm torchvision
+	$(BUNNY_VENV)/bin/pip install -q --no-deps timm==1.0.31 $(TORCHVISION)
 	DS_BUILD_OPS=0 $(BUNNY_VENV)/bin/pip install -q --no-build-isolation --no-deps deepspeed==0.18.9
-	$(BUNNY_VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# __init__.py holds the version, which pip notes when it installs
+%/.ready: %/.dependencies setup.py pyproject.toml llava_region/__init__.py
+	$*/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 test: $(VENV)/.ready
@@ -47,9 +61,12 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+wheel-smoke: $(VENV)/.ready
+	bash .ci/wheel-smoke $(VENV)/bin/python
+
 test-bunny: $(BUNNY_VENV)/.ready
-	@test -f "$(BUNNY_ROOT)/bunny/train/train.py" || { echo "error: BUNNY_ROOT='$(BUNNY_ROOT)' is no checkout of Bunny; give one with make test-bunny BUNNY_ROOT=DIR" >&2; exit 2; }
+	@test -f "$(BUNNY_ROOT)/bunny/train/train.py" || { echo "error: BUNNY_ROOT='$(BUNNY_ROOT)' is not a checkout of Bunny; give one with make test-bunny BUNNY_ROOT=DIR" >&2; exit 2; }
 	BUNNY_ROOT=$(abspath $(BUNNY_ROOT)) PYTHONPATH=$(abspath $(BUNNY_ROOT)) $(BUNNY_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -k bunny
 
 clean:
-	rm -rf $(VENV) $(BUNNY_VENV) demo-output
+	rm -rf $(VENV) $(BUNNY_VENV) demo-output build dist

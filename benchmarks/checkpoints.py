@@ -4,9 +4,9 @@
     python benchmarks/checkpoints.py --size-gb 4 --repeat 5 --json
 
 The checkpoint is a Llama of 7B's width (from 2 GB on) in bf16 with as many layers as fit, in 1 GB shards; the LoRA run has
-rank 128 on every linear module of a quarter of the layers. Each command runs in a process of its own; its peak is VmHWM of
-that process. `seconds` is the process from start to end, `work_seconds` without the start of Python and torch, which does
-not grow with the model; on a machine that does other work too, compare CPU times. `cp -r` copies the folder that the
+rank 128 on every linear module of a quarter of the layers. Each command runs in its own process; its peak is VmHWM of that
+process. `seconds` is the process from start to end, `work_seconds` without the start of Python and torch, which does
+not grow with the model. On a machine that does other work too, compare CPU times. `cp -r` copies the folder that the
 command reads most of. Inputs are in the page cache as far as memory allows, and dirty pages are written out before each
 measurement. The self test of prune, which loads the model, is off.
 """
@@ -173,7 +173,7 @@ def run(folder: Path, size_gb: float, repeat: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=0.5, help="size of the checkpoint")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each command")
     parser.add_argument("--folder", type=Path, help="where to write, four times the size; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()

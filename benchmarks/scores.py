@@ -4,11 +4,11 @@
     python benchmarks/scores.py --size-gb 4 --repeat 5 --json
 
 Activations: a random Llama with SDPA attention runs over the same batch with and without the hooks of all four activation
-metrics, in turns; `ratio` is the median of the turns' ratios. The plain pass leaves out the LM head and the vision tower,
+metrics, alternating; `ratio` is the median of the ratios of the turns. The plain pass leaves out the LM head and the vision tower,
 which cost the same either way, so the ratio over whole models is lower.
 
-Weights: two bf16 checkpoints of a Llama, `size-gb` each, are compared by `weight_changes` in a process of its own, and read
-by a loop that only reads, in turns. `cold`: the files are dropped from the page cache before every measurement, so that both
+Weights: two bf16 checkpoints of a Llama, `size-gb` each, are compared by `weight_changes` in its own process, and read by a
+loop that only reads, alternating. `cold`: the files are dropped from the page cache before every measurement, so that both
 read the disk; `warm`: they are in the page cache as far as memory allows. The peak is VmHWM of the process, Python and torch
 included. Start and imports are not in the times.
 """
@@ -44,15 +44,15 @@ print(seconds, int(status["VmHWM"].split()[0]) * 1024, len(layers))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size-gb", type=float, default=0.5, help="of each of the two checkpoints")
+    parser.add_argument("--size-gb", type=float, default=0.5, help="size of each of the two checkpoints")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=600, help="of a sample; 60 %% of them are of an image")
+    parser.add_argument("--tokens", type=int, default=600, help="tokens per sample; 60 %% of them belong to an image")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", choices=("activations", "weights"))
-    parser.add_argument("--folder", help="where the checkpoints are written for the time being; default: the system's")
+    parser.add_argument("--folder", help="where the checkpoints are written temporarily; default: the system's folder")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def time_activations(options) -> dict:
-    """Seconds of a plain pass and of one with all activation metrics, in turns."""
+    """Seconds of a plain pass and of one with all activation metrics, alternating."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llava_region.scores.activations import ACTIVATION_METRICS, forward_decoder, measure
@@ -116,7 +116,7 @@ def timed(run, device: torch.device) -> float:
 
 
 def time_weights(folder: Path, options) -> dict:
-    """Seconds and peak memory of comparing two checkpoints, and seconds of reading them, in turns, cold and warm."""
+    """Seconds and peak memory of comparing two checkpoints, and seconds of reading them, alternating, cold and warm."""
     shapes = write_pair(folder, options.size_gb)
     files = [*weight_files(folder / "tuned"), *weight_files(folder / "base")]
     out = {"bytes_of_both": sum(file.stat().st_size for file in files), "layers": shapes, "peak_bytes": 0}

@@ -9,11 +9,11 @@ twice that, dropout 0.05) on all linear modules, or all parameters, of its layer
     paper     LoRA on the region, every layer recomputed: what the paper measures
     region    LoRA on the region, only its layers recomputed, logits at supervised positions only (so the next three)
     none      the same, nothing recomputed
-    auto      the same, as few layers recomputed as memory asks for: what `--tune_layers` does by itself
+    auto      the same, as few layers recomputed as memory asks for: what `--tune_layers` does by default
     full      every parameter of the region's layers trained, without LoRA, as few recomputed as memory asks for
 
-Modes take turns, a step each, so that a busy machine slows all of them; times are medians. On a CUDA GPU in bf16, else on CPU
-in fp32. Peak memory is what a step takes beside weights, gradients and optimizer states: on a GPU as its allocator counts it
+Modes take turns, one step each, so that a busy machine slows all of them; times are medians. On a CUDA GPU in bf16, else on CPU
+in fp32. Peak memory is what a step takes in addition to weights, gradients and optimizer states: on a GPU as its allocator counts it
 (activations and all temporaries), on CPU the tensors that autograd keeps (temporaries not counted).
 """
 
@@ -159,7 +159,7 @@ def random_batch(shape: Shape, supervised: float, device: torch.device) -> dict[
 
 
 def measure_peak(mode: Mode, batch: dict, device: torch.device) -> int:
-    """Most bytes a step takes beside weights, gradients and optimizer states (see the module's docstring)."""
+    """Most bytes that a step takes in addition to weights, gradients and optimizer states (see the module's docstring)."""
     if device.type != "cuda":
         with saved_peak() as peak:
             mode.step(batch)
@@ -210,7 +210,7 @@ def run(shape_name: str, *, region: str, repeats: int, supervised: float, region
     return {
         "shape": shape_name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "peak_is": "allocator's peak beside weights and optimizer" if device.type == "cuda" else "tensors autograd keeps",
+        "peak_is": "allocator's peak without weights and optimizer" if device.type == "cuda" else "tensors autograd keeps",
         "dtype": str(base.dtype).removeprefix("torch."),
         "region": list(chosen.layers),
         "supervised": supervised,
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="backbone and batch (default: cpu)")
     parser.add_argument("--region", default="sparse:25%", help="layer spec (default: sparse:25%%)")
-    parser.add_argument("--repeats", type=int, default=9, help="steps a mode (default: 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="steps per mode (default: 9)")
     parser.add_argument("--supervised", type=float, default=0.25, help="share of positions with a label (default: 0.25)")
     parser.add_argument("--region_memory", help="most memory activations may take under auto, such as 2GB (default: what is free)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")

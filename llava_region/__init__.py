@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llava_region.surgery.prune import prune
     from llava_region.surgery.revert import revert
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "LlavaRegionError", "Region", "UnsupportedUpstream", "__version__", "evaluate", "load", "merge", "prune", "revert",

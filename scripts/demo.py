@@ -1,9 +1,10 @@
-"""`make demo`: real LLaVA code on a small random model and easy-vqa pictures, all layers against a quarter of them.
+"""`make demo`: train a small random model with real LLaVA code on easy-vqa pictures, all layers against a quarter of them.
 
 Trains twice through `python -m llava_region.train llava`, with the flags of LLaVA's own finetune_lora.sh, and prints
 what a region saves. On two CPU cores this takes a few minutes; nothing is downloaded.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -75,6 +76,9 @@ def show(costs: dict[str, dict]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = f"It takes no options. What an earlier demo left in {OUT}/ of the current folder is replaced."
+    parser.parse_args()
     started = time.time()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()

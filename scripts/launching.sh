@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the launchers (train/) and the drivers (reproduce/) have in common. Sourced, not run.
+# Shared by the launchers (train/) and the drivers (reproduce/). Sourced, not run.
 
 die() {
     echo "error: $*" >&2
     exit 2
 }
 
-# One line that a shell reads back as the same words.
+# Print a command as one line that can be pasted into a shell.
 print_command() {
     printf '%q' "$1"
     printf ' %q' "${@:2}"
@@ -23,7 +23,7 @@ visible_gpus() {
     echo $((found > 0 ? found : 1))
 }
 
-# A layer spec as part of a folder's name: sparse:25% -> sparse-25pct, scores.json:block_influence:8 -> block_influence-8.
+# A layer spec, changed so that it can be part of a folder's name: sparse:25% -> sparse-25pct, scores.json:block_influence:8 -> block_influence-8.
 region_name() {
     local name=${1##*.json:}
     name=${name//%/pct}

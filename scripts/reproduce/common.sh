@@ -1,18 +1,19 @@
 # shellcheck shell=bash disable=SC2034,SC2153 # the drivers read what is set here, and set TASKS
-# Shared by the drivers beside it (sourced, not run): train, score, prune, evaluate and report, each step once.
+# Shared by the drivers in this folder (sourced, not run): train, score, prune, evaluate and report, each step once.
 #
-# A step whose output is there is not run again, an interrupted one goes on where it was; the drivers share runs and
-# evaluations, so Table 2 trains only what Table 1 has not. From the environment, beside the settings of ../train/common.sh:
-#   RESULTS=results/reproduce   all that is written: runs/ scores/ pruned/ eval/ and a folder for each table or figure
+# A step whose output exists is not run again. An interrupted step continues where it was. The drivers share runs and
+# evaluations, so Table 2 trains only what Table 1 did not train. Settings, from the environment, in addition to those of
+# ../train/common.sh:
+#   RESULTS=results/reproduce   everything is written here: runs/ scores/ pruned/ eval/ and one folder per table or figure
 #   EVAL_DATA=data/eval         the benchmarks' official files; `llava-region eval --list` says which
-#   FLICKR_IMAGES               folder of Flickr30k's images; 1,000 are drawn for block influence and angular distance
-#   ATTENTION_TASKS             benchmarks that image attention is scored on, 50 questions of each, with spaces between
+#   FLICKR_IMAGES               folder of Flickr30k's images; 1,000 of them are drawn at random, for block influence and angular distance
+#   ATTENTION_TASKS             benchmarks that image attention is scored on, 50 questions of each, separated by spaces
 #   BUNNY_LLAMA3_8B_MODEL, LLAVA_7B_MODEL, LLAVA_13B_MODEL   the backbones' folders; likewise ..._VISION_TOWER,
-#                               ..._PROJECTOR, ..._DATA and ..._IMAGES, which go before the setting without the model's name
-#   TASKS                       benchmarks, with commas between; default: those of the table or figure
+#                               ..._PROJECTOR, ..._DATA and ..._IMAGES; each takes precedence over the setting without the model's name
+#   TASKS                       benchmarks, separated by commas; default: those of the table or figure
 #   TRAIN_FLAGS EVAL_FLAGS SCORE_FLAGS PRUNE_FLAGS   more flags for these commands
 #   TRAIN_WITH                  put before every launcher, such as "sbatch --wait --nodes 2 scripts/slurm/train.sbatch"
-#   DRY_RUN=1                   print every command, finished or not, one on a line, and run none
+#   DRY_RUN=1                   print every command, finished or not, one per line, and run none
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
@@ -29,7 +30,7 @@ VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
 export MODE PYTHON DRY_RUN NUM_GPUS
 
 reported=()  # folders for the report
-baselines=() # its --baseline flags, one a model
+baselines=() # its --baseline flags, one per model
 
 REGION=("$PYTHON" -m llava_region)
 REGION_ON_ALL_GPUS=("${REGION[@]}")
@@ -47,7 +48,7 @@ words_of() {
 
 declare -A listed # outputs whose command the dry run has printed
 
-# OUTPUT COMMAND...: run a command unless its output is there.
+# OUTPUT COMMAND...: run a command unless its output exists.
 once() {
     local output=$1
     shift
@@ -55,7 +56,7 @@ once() {
         [[ -v listed[$output] ]] || print_command "$@"
         listed[$output]=1
     elif [[ -e $output ]]; then
-        echo "done before: $output" >&2
+        echo "already done: $output" >&2
     else
         run_step "$output" "$@"
     fi
@@ -85,7 +86,7 @@ use_model() {
             name=bunny-llama3-8b template=llama
             backbone=meta-llama/Meta-Llama-3-8B-Instruct data=data/finetune/bunny_695k.json
             ;;
-        *) die "no driver knows '$model'; allowed: llava_7b, llava_13b, bunny_llama3_8b" ;;
+        *) die "unknown model '$model'; allowed: llava_7b, llava_13b, bunny_llama3_8b" ;;
     esac
     local own=${model^^}
     local own_model=${own}_MODEL own_data=${own}_DATA setting
@@ -97,10 +98,10 @@ use_model() {
         [[ ! -v $own ]] || settings+=("$setting=${!own}")
     done
     base_flags=(--base "$backbone")
-    [[ $MODE != full ]] || base_flags=() # what full tuning leaves is whole
+    [[ $MODE != full ]] || base_flags=() # a fully tuned model needs no base
 }
 
-# What later steps read has to be there before the first training: a wrong EVAL_DATA should not cost a night.
+# Check before the first training that what later steps read exists: a wrong EVAL_DATA should not be found after a night.
 check_inputs() {
     [[ -n ${TASKS:-} && ! -v inputs_checked ]] || return 0
     inputs_checked=1
@@ -122,7 +123,7 @@ train() {
     local flags=("${words[@]}")
     words_of "${TRAIN_WITH:-}"
     [[ -e $run/cost.json ]] || check_inputs
-    # cost.json is the last file of a run; with less than that, the launcher goes on from the last checkpoint
+    # cost.json is the last file of a run; without it, the launcher resumes from the last checkpoint
     once "$run/cost.json" "${launcher[@]}" "${words[@]}" "$SCRIPTS/train/$model.sh" "${flags[@]}"
 }
 
@@ -152,7 +153,7 @@ score_attention() {
     score attention --metrics image_attention "${files[@]}" --image-folder "$EVAL_DATA" --limit 50
 }
 
-# K [FLAG...]: drop K layers by the angular distance in `scores`; sets `run` to the pruned model, which is whole.
+# K [FLAG...]: drop K layers by the angular distance in `scores`; sets `run` to the pruned model, which needs no base.
 prune() {
     local drop=$1 from=$run
     run=$RESULTS/pruned/$(basename "$from")-minus-$drop
@@ -160,14 +161,14 @@ prune() {
     once "$run/config.json" "${REGION[@]}" prune "$from" --drop "$drop" --scores "$scores" "${@:2}" "${base_flags[@]}" --out "$run" "${words[@]}"
 }
 
-# As train, and put the driver's benchmarks to the run. Percentages refer to the one that tunes all layers on all the data.
+# Like train, then evaluate the run on the driver's benchmarks. Percentages refer to the run that tunes all layers on all the data.
 train_and_evaluate() {
     train "$@"
     evaluate "$TASKS" "$run" "${base_flags[@]}"
     [[ $1 != all || -n ${2:-} ]] || baselines+=(--baseline "$(basename "$run")")
 }
 
-# TASKS FOLDER [FLAG...]: put benchmarks to a model; adds its folder under eval/ to `reported`.
+# TASKS FOLDER [FLAG...]: evaluate a model on benchmarks; adds its folder under eval/ to `reported`.
 evaluate() {
     local tasks=$1 folder=$2 out
     out=$RESULTS/eval/$(basename "$folder")
@@ -177,7 +178,7 @@ evaluate() {
     if [[ $DRY_RUN == 1 ]]; then
         print_command "${command[@]}"
     elif has_tasks "$out/results.json" "$tasks"; then
-        echo "done before: $tasks in $out" >&2
+        echo "already done: $tasks in $out" >&2
     else
         run_step "$out/results.json" "${command[@]}"
     fi
@@ -191,7 +192,7 @@ has_tasks() { # FILE TASKS
     done
 }
 
-# NAME FLAG...: report on the folders in `reported` under RESULTS/NAME, anew where one of them is younger.
+# NAME FLAG...: report on the folders in `reported` under RESULTS/NAME; make it again if one of them is newer than the report.
 report() {
     local out=$RESULTS/$1 made folder
     made=$out/$1.md

@@ -1,8 +1,8 @@
-"""What the drivers read: data files for `llava-region score`, as the paper scores (appendix A), from what is on disk already.
+"""Data files for `llava-region score` as the paper scores (appendix A), made from what is on disk already.
 
-python score_data.py images FOLDER --out FILE                    every image's name, to ask one prompt of (Flickr30k)
+python score_data.py images FOLDER --out FILE                    the names of all images, to ask one prompt about each (Flickr30k)
 python score_data.py task NAME --data-root DIR --out FILE        a benchmark's questions, without answers, for image attention
-python score_data.py check TASKS --data-root DIR [--images FOLDER]   nothing is written: are the benchmarks' files there, and images?
+python score_data.py check TASKS --data-root DIR [--images FOLDER]   write nothing; fail if the tasks' files or the images are missing
 """
 
 import argparse
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def image_names(folder: Path) -> list[str]:
-    """Names of the images in a folder, sorted, so that a drawing with a seed is the same everywhere.
+    """Names of the images in a folder, sorted, so that a random draw with a seed is the same everywhere.
 
     Raises:
         LlavaRegionError: no such folder, or no image in it.
@@ -46,10 +46,10 @@ def questions(task: str, data_root: Path) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("images", "task", "check"))
-    parser.add_argument("source", help="image folder, the task's name, or names with commas between")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("source", help="image folder, the task's name, or names separated by commas")
+    parser.add_argument("--data-root", type=Path, help="folder with the benchmarks' official files, one folder per task")
+    parser.add_argument("--images", type=Path, help="check that this folder has images")
+    parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
     for kinds, option in ((("images", "task"), "out"), (("task", "check"), "data_root")):
         if args.kind in kinds and not getattr(args, option):

@@ -1,25 +1,25 @@
 # shellcheck shell=bash disable=SC2153 # MODEL and MODEL_FLAGS come from the launcher
-# Shared by the launchers beside it (sourced, not run): the paper's recipe, from settings to one command line.
+# Shared by the launchers in this folder (sourced, not run): the paper's recipe, from settings to one command line.
 #
 # A launcher sets FAMILY, NAME, MODEL, VISION_TOWER, PROJECTOR, DATA, IMAGES, TEMPLATE, RECIPE_BATCH, MAX_LENGTH and
-# MODEL_FLAGS, sources this file and calls `launch "$@"`. From the environment:
+# MODEL_FLAGS, sources this file and calls `launch "$@"`. Settings, from the environment:
 #   MODEL VISION_TOWER DATA IMAGES     folders or hub names of the backbone and tower, the data file, the image folder
-#   PROJECTOR                          pretrained mm_projector.bin; set but empty: none (MODEL has one, or start afresh)
+#   PROJECTOR                          pretrained mm_projector.bin; set to nothing: none (MODEL has one, or a new one is trained)
 #   OUT                                output folder; the default is named after the model, MODE and TUNE_LAYERS
 #   TUNE_LAYERS=sparse:25%             the visual region, as in `llava-region layers --help`
 #   MODE=lora|qlora|full               LoRA, LoRA on a 4-bit backbone, or the region's own weights
-#   NUM_GPUS                           on this node; default: all that are visible
-#   BATCH                              samples per device and pass; default: the paper's, or less where there are more GPUs
+#   NUM_GPUS                           GPUs on this node; default: all visible ones
+#   BATCH                              samples per device and pass; default: the paper's, or less if there are more GPUs
 #   GLOBAL_BATCH=128                   samples per optimizer step over all GPUs; the paper's for every model
 #   SAVE_STEPS=500                     optimizer steps between checkpoints
 #   ZERO=zero3|zero2|zero3_offload|none|FILE.json   QLoRA: zero2 or none
 #   LAUNCHER=deepspeed|torchrun|python   several nodes: torchrun; python: one process on one GPU
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: the same command on each, with its own NODE_RANK
 #   TRAIN_SCRIPT                       path of an upstream train script, to take its attention implementation (train_mem.py)
-#   BUNNY_ROOT                         a Bunny checkout, where Bunny is not installed
+#   BUNNY_ROOT                         a Bunny checkout, if Bunny is not installed
 #   PYTHON=python                      the interpreter that has everything installed
 #   DRY_RUN=1                          print the command, quoted for the shell, on one line, and stop
-# Flags after the launcher's name are put last, so they override everything here.
+# Flags after the launcher's name go last, so they override everything here.
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
@@ -36,7 +36,7 @@ whole_number() { # NAME VALUE LEAST
     [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || die "$1 is '$2'; allowed: a whole number, at least $3"
 }
 
-# LoRA runs need both the family's name and "lora" in the folder's name: upstream's loader goes by it.
+# LoRA runs need both the family's name and "lora" in the folder's name: the upstream's loader decides by it.
 choose_output() {
     OUT=${OUT:-checkpoints/$NAME-$MODE-$(region_name "$TUNE_LAYERS")}
     local folder
@@ -92,7 +92,7 @@ choose_mode() {
     esac
 }
 
-# What stands before the module's own arguments. `python -m` finds the launchers of the interpreter that was asked for.
+# What comes before the module's own arguments. `python -m` finds the launchers of the interpreter that PYTHON names.
 choose_launcher() {
     local default=deepspeed
     ((NNODES > 1)) && default=torchrun
