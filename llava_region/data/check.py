@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llava_region.data.images import image_problem
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.progress import progress_bar
@@ -72,7 +72,7 @@ def record_problem(record) -> str | None:
 def _check_images(folder: Path, images: list[str], what: str, data_path: str) -> None:
     bad = []
     with ThreadPoolExecutor(16) as pool, progress_bar(f"checking images ({what})", len(images)) as advance:
-        for name, problem in zip(images, pool.map(_opener(folder), images), strict=True):
+        for name, problem in zip(images, pool.map(lambda name: image_problem(folder / name), images), strict=True):
             advance()
             if problem:
                 bad.append(f"{name} ({problem})")
@@ -82,21 +82,3 @@ def _check_images(folder: Path, images: list[str], what: str, data_path: str) ->
             f"{len(bad)} of {checked} images of {data_path} cannot be read in {folder}: {', '.join(bad[:3])}"
             f"{', ...' if len(bad) > 3 else ''}; mend the files or the records"
         )
-
-
-def _opener(folder: Path) -> Callable[[str], str | None]:
-    from PIL import Image
-
-    def problem(name: str) -> str | None:
-        path = folder / name
-        if not path.is_file():
-            return "missing"
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (32, 32))  # lets JPEG decode at a fraction of its size; the whole file is read all the same
-                image.load()
-        except Exception as e:
-            return f"corrupt: {type(e).__name__}"
-        return None
-
-    return problem

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llava_region import __version__, tasks
 from llava_region import processes as ranks
-from llava_region.data.images import UnreadableImage, prefetch, read_image
+from llava_region.data.images import UnreadableImage, prefetch, read_pixels
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.answers_folder import (
     UNREADABLE,
@@ -177,8 +177,8 @@ def _picture(loaded: LoadedModel, example: Example):
     if example.image is None:
         return []
     try:
-        return [loaded.pixel_values(read_image(example.image))]
-    except (UnreadableImage, ValueError) as e:  # ValueError: the image processor's, for one pixel's height and the like
+        return [read_pixels(example.image, loaded.pixel_values)]
+    except UnreadableImage as e:
         return " ".join(str(e).split())
 
 

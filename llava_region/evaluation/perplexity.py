@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from llava_region.checkpoints.model_folder import check_same_shape, locate
 from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.data.check import record_problem
-from llava_region.data.images import prefetch, read_image
+from llava_region.data.images import prefetch, read_pixels
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
@@ -129,7 +129,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample
 
 def _pixels(model: LoadedModel, batch: Sequence[Sample]) -> list[list[torch.Tensor]]:
     """The pictures of a batch; a record with a picture that no turn places is text to the upstreams, too."""
-    return [[model.pixel_values(read_image(s.image))] if s.image and (s.input_ids < 0).any() else [] for s in batch]
+    return [[read_pixels(s.image, model.pixel_values)] if s.image and (s.input_ids < 0).any() else [] for s in batch]
 
 
 def _score(model: LoadedModel, batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_region.data.images import read_pixels
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 
@@ -118,14 +119,4 @@ def embed_inputs(loaded, sample: Sample, prompt: str | None):
     else:
         record = {"conversations": sample.conversation, **({"image": [str(p) for p in sample.images]} if sample.images else {})}
         ids = loaded.example(record)[0]
-    return ids, [loaded.pixel_values(_open(path)) for path in sample.images]
-
-
-def _open(path: Path):
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read the image {path}: {e}; mend or remove it") from e
+    return ids, [read_pixels(path, loaded.pixel_values) for path in sample.images]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llava_region.data.images import prefetch
 from llava_region.progress import progress_bar
 from llava_region.scores.activations import measure
 from llava_region.scores.data import Sample, embed_inputs
@@ -20,7 +18,7 @@ from llava_region.scores.ranks import Ranks
 from llava_region.scores.sums import Sums
 
 SAVE_SECONDS = 60
-PREPARED = 2  # batches read ahead
+WORKERS = 1  # threads that prepare batches; no more, as the upstreams' preprocessing sets a global template while it runs
 
 
 class Interrupted(Exception):
@@ -74,7 +72,7 @@ def run_pass(loaded, plan: Plan, ranks: Ranks, resumed: bool) -> Progress:
 def _score_batches(loaded, plan: Plan, mine: list[int], found: Progress, ranks: Ranks, stop: Stop) -> None:
     with progress_bar("scoring (batches)", len(mine), enabled=ranks.first) as advance:
         saved = time.monotonic()
-        for number, inputs in _prepared(loaded, plan, mine):
+        for number, inputs in prefetch(lambda number: _inputs(loaded, plan, number), mine, WORKERS):
             if stop.requested:
                 break
             _add_batch(loaded, plan, number, inputs, found)
@@ -105,25 +103,8 @@ def _start(num_layers: int, plan: Plan, ranks: Ranks, resumed: bool) -> Progress
     return found
 
 
-def _prepared(loaded, plan: Plan, numbers: list[int]) -> Iterator[tuple[int, list]]:
-    """The batches' token ids and pixel values, read and decoded in a thread while the model runs."""
-    waiting = iter(numbers)
-    with ThreadPoolExecutor(1) as pool:
-        queue: deque = deque()
-        try:
-            while True:
-                while len(queue) < PREPARED and (number := next(waiting, None)) is not None:
-                    queue.append((number, pool.submit(_inputs, loaded, plan, number)))
-                if not queue:
-                    return
-                number, future = queue.popleft()
-                yield number, future.result()
-        finally:
-            for _, future in queue:
-                future.cancel()
-
-
 def _inputs(loaded, plan: Plan, number: int) -> list:
+    """The batch's token ids and pixel values, read and decoded while the model runs on the one before."""
     return [embed_inputs(loaded, sample, plan.prompt) for sample in plan.batches[number]]
 
 
