@@ -53,7 +53,7 @@ def test_missing_files(refused, tmp_path):
     assert "--vision_tower" in refused(vision_tower=tmp_path / "tower")
     assert "mm_projector.bin of the pretraining" in refused(pretrain_mm_mlp_adapter=tmp_path / "p.bin")
     assert "cannot read" in refused(data_path=tmp_path / "data.json")
-    assert "is no folder" in refused(image_folder=tmp_path / "images")
+    assert "is not a folder" in refused(image_folder=tmp_path / "images")
     assert "scripts/deepspeed" in refused(deepspeed=tmp_path / "zero3.json")
 
 
