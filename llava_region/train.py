@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from llava_region import processes
 from llava_region.errors import LlavaRegionError
 
 UPSTREAMS = ("llava", "bunny")
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         train(upstream, script, flags)
     except LlavaRegionError as e:
         # once a node: what is wrong may be wrong on one node alone
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if processes.is_first_on_node():
             print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
         return 2
     return 0
@@ -95,7 +95,7 @@ def train(upstream, script: str, flags: list[str]) -> None:
     if args.dry_run:
         from llava_region.training.dry_run import show
 
-        if os.environ.get("RANK", "0") == "0":
+        if processes.is_first():
             show(upstream, checked)
         return
     if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:

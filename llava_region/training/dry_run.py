@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from llava_region import processes
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.training.kept_memory import free_memory
 from llava_region.training.preflight import Preflight, zero_settings
@@ -29,7 +29,7 @@ def show(upstream, preflight: Preflight) -> None:
     args, region = preflight.args, preflight.region
     run = RegionRun(region, upstream=upstream.NAME, non_lora_state=None)
     model = empty_model(upstream, preflight, run)
-    world = args.dry_run_gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    world = args.dry_run_gpus or processes.world_size()
     stage = zero_settings(args).get("stage", 0)
     groups = trainable_groups(model)
     total = sum(p.numel() for p in model.parameters())

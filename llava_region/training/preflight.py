@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_region import processes
 from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
@@ -54,8 +54,8 @@ def check(upstream, module, flags: list[str]) -> Preflight:
     check_generation_config(args)
     check_output(args)
     check_resumable(args.output_dir, region, bool(args.lora_enable))
-    first = int(os.environ.get("RANK", "0")) == 0
-    return Preflight(args, region, config, check_data(args.data_path, args.image_folder, args.check_images) if first else None)
+    records = check_data(args.data_path, args.image_folder, args.check_images) if processes.is_first() else None
+    return Preflight(args, region, config, records)
 
 
 def parse(classes, flags: list[str]):
