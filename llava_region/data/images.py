@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 class UnreadableImage(LlavaRegionError):
     """An image is missing, cannot be decoded to its end, or is of a shape that the model's image processor refuses."""
 
-    def __init__(self, source: str | Path | bytes, cause: Exception):
+    def __init__(self, source: str | Path | bytes, cause: Exception) -> None:
         """`source`: the image's file, or its encoded bytes; `cause`: what the decoder or the image processor raised."""
         name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else source
         reason = "it is missing" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
@@ -79,7 +79,7 @@ def _opened(source: str | Path | bytes) -> Iterator[Image]:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
-    except Exception as e:  # PIL's decoders raise whatever a broken file leads them to; a decompression bomb is no OSError
+    except Exception as e:  # PIL's decoders raise whatever a broken file leads them to; a decompression bomb is not an OSError
         raise UnreadableImage(source, e) from e
 
 
