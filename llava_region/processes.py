@@ -1,37 +1,131 @@
-"""Which of several processes this one is, when `torchrun` started them, and where they wait for each other."""
+"""The processes of one run: which of them this is, who does what, and what they tell each other.
+
+torchrun, deepspeed and job schedulers say by the environment (RANK, LOCAL_RANK, WORLD_SIZE) which process this is; where they
+do not, it is alone. Training's own communication is the upstream trainer's; what is here exchanges only a few numbers, on CPU
+(gloo), for the tools that share their work.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Item = TypeVar("Item")
+
+# Only waiting can run into it: for the process with the longest answers, the slowest disk, or the weights to compare. One
+# that died is noticed by the launcher, which stops the others, so the limit is beyond any run.
+TIMEOUT = timedelta(days=30)
 
 
 def rank() -> int:
     """Number of this process among all, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its node, from 0."""
+    return _number("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """How many processes there are on this node."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, alone: int) -> int:
+    return int(os.environ.get(name) or alone)
+
+
+def is_first() -> bool:
+    """Whether this is the process that reports and writes for all."""
+    return rank() == 0
+
+
+def is_first_on_node() -> bool:
+    """Whether this is the process that reports for its node."""
+    return local_rank() == 0
 
 
 def device(asked: str | None) -> str | None:
-    """The device of this process: with several processes and CUDA a GPU of its own, unless one was asked for."""
+    """The device of this process: with several processes and CUDA a GPU of its own, unless a certain one was asked for."""
     import torch
 
     if asked in (None, "cuda") and world_size() > 1 and torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        return f"cuda:{local_rank()}"
     return asked
 
 
-def barrier() -> None:
-    """Wait for all processes, however long the slowest takes."""
+def share(items: list[Item]) -> list[Item]:
+    """This process's part of a list that is the same in all: every `world_size()`-th item."""
+    return items[rank() :: world_size()]
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes for the length of a block; the functions below need it where there are several.
+
+    All processes have to enter it. Inside another such block, or where the caller has joined them, nothing is done.
+    """
     if world_size() == 1:
+        yield
         return
     from torch import distributed
 
-    if not distributed.is_initialized():
-        # gloo: nothing is exchanged but the waiting, which must not end before the slowest shard is through
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    distributed.barrier()
+    if distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def broadcast(value: Item) -> Item:
+    """The first process's value, in all."""
+    if world_size() == 1:
+        return value
+    from torch import distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Item) -> list[Item]:
+    """Every process's value, by rank, in all."""
+    if world_size() == 1:
+        return [value]
+    from torch import distributed
+
+    values = [value] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def add_up(table: Tensor) -> Tensor:
+    """The sum of a CPU tensor over the processes, in all, written into `table` too."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(table)
+    return table

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+Item = TypeVar("Item")
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, steps: float = 1) -> None: ...
+
 
 @contextmanager
-def progress_bar(description: str, total: float | None, enabled: bool = True):
+def progress_bar(description: str, total: float | None, enabled: bool = True) -> Iterator[Advance]:
     """A bar that the caller advances: yields `advance(steps=1)`. Drawn on a terminal only."""
     console = Console(stderr=True)
     columns = (
@@ -26,9 +35,9 @@ def progress_bar(description: str, total: float | None, enabled: bool = True):
         yield lambda steps=1: progress.advance(task, steps)
 
 
-def track(items: Iterable, description: str, total: int | None = None, enabled: bool = True) -> Iterator:
+def track(items: Iterable[Item], description: str, total: int | None = None, enabled: bool = True) -> Iterator[Item]:
     """Yield the items, with a bar."""
-    total = len(items) if total is None and hasattr(items, "__len__") else total
+    total = len(items) if total is None and isinstance(items, Sized) else total
     with progress_bar(description, total, enabled) as advance:
         for item in items:
             yield item

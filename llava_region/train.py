@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_region import upstreams
+from llava_region import processes, upstreams
 from llava_region.errors import LlavaRegionError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             train_untouched(request)
     except LlavaRegionError as e:
         # once per node: what is wrong may be wrong on one node alone
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if processes.is_first_on_node():
             print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
         return 2
     return 0
@@ -145,7 +144,7 @@ def train_region(request: Request) -> None:
         raise LlavaRegionError(f"{request.own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
     checked = preflight.check(upstream, request.flags)
     if checked.args.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if processes.is_first():
             dry_run.show(checked, dry_run.estimate(upstream, checked))
         return
     upstream.check_script(request.script)

@@ -28,8 +28,7 @@ def command(
 
     Several GPUs: torchrun --nproc_per_node 8 -m llava_region eval ... A killed run goes on where it was when started again.
     """
-    from llava_region import processes as ranks
-    from llava_region import tasks
+    from llava_region import processes, tasks
     from llava_region.errors import LlavaRegionError
     from llava_region.evaluation.evaluate import evaluate, score_predictions
 
@@ -53,7 +52,7 @@ def command(
             model, names, data_root, out, base=base, batch_size=batch_size, limit=limit, workers=workers, device=device, dtype=dtype,
             template=template,
         )  # fmt: skip
-    if ranks.rank() == 0:
+    if processes.is_first():
         print(json.dumps(results)) if as_json else _show(results)
 
 

@@ -1,5 +1,7 @@
 """`llava-region subset`: a random, nested part of a training file."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -13,7 +15,7 @@ def command(
     seed: int = typer.Option(0, "--seed", help="With the same seed, a smaller part lies inside a larger one."),
     force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "fraction", "seed", "records", "images", "texts"}.'),
-):
+) -> None:
     """Keep a random part of a training file, with and without images in the proportion they had.
 
     Records keep their order. The same file, fraction and seed give the same part on every machine.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_region import files as atomic
+from llava_region.data.records import Form, read_records
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
 from llava_region.progress import progress_bar
 
 
@@ -33,7 +33,7 @@ def parse_fraction(text: str) -> Fraction:
     try:
         number = Fraction(text.strip().removesuffix("%").strip())
     except (ValueError, ZeroDivisionError) as e:
-        raise LlavaRegionError(f"the fraction '{text}' is no number; allowed: above 0 and at most 1, such as 0.25 or 25%") from e
+        raise LlavaRegionError(f"the fraction '{text}' is not a number; allowed: above 0 and at most 1, such as 0.25 or 25%") from e
     fraction = number / 100 if text.strip().endswith("%") else number
     if not 0 < fraction <= 1:
         raise LlavaRegionError(f"the fraction '{text}' is out of range; allowed: above 0 and at most 1, such as 0.25 or 25%")
@@ -56,10 +56,10 @@ def choose(has_image: list[bool], fraction: Fraction, seed: int) -> list[int]:
 
 
 def write_subset(data: str | Path, output: str | Path, fraction: Fraction, seed: int = 0, force: bool = False) -> Subset:
-    """Write `fraction` of the records of `data` (a JSON list), in their order, one record a line.
+    """Write `fraction` of the records of `data` (a JSON list), in their order, one record per line.
 
     Raises:
-        LlavaRegionError: `data` is no JSON list of records, the fraction keeps none, or `output` exists and `force` is not set.
+        LlavaRegionError: `data` is not a JSON list of records, the fraction keeps none, or `output` exists and `force` is not set.
     """
     data, output = Path(data), Path(output)
     if output.exists() and data.exists() and output.samefile(data):
@@ -68,7 +68,7 @@ def write_subset(data: str | Path, output: str | Path, fraction: Fraction, seed:
         raise LlavaRegionError(f"the output {output} is a folder; give the name of a file")
     atomic.refuse_existing(output, force)
     with progress_bar("Reading, choosing, writing", 3) as advance:
-        records = _read_records(data)
+        records = read_records(data, Form.OBJECT)
         advance()
         has_image = ["image" in record for record in records]  # upstream tells the two apart by this key alone
         chosen = choose(has_image, fraction, seed)
@@ -79,13 +79,3 @@ def write_subset(data: str | Path, output: str | Path, fraction: Fraction, seed:
         advance()
     images = sum(has_image[index] for index in chosen)
     return Subset(images, sum(has_image), len(chosen) - images, len(records) - sum(has_image))
-
-
-def _read_records(data: Path) -> list[dict]:
-    records = read_json(data)
-    if not isinstance(records, list) or not records:
-        raise LlavaRegionError(f"{data} is not a list of records; give a training file in LLaVA's format: [{{'conversations': ...}}, ...]")
-    wrong = next((i for i, record in enumerate(records) if not isinstance(record, dict)), None)
-    if wrong is not None:
-        raise LlavaRegionError(f"record {wrong} of {data} is a {type(records[wrong]).__name__}; allowed: objects with 'conversations'")
-    return records

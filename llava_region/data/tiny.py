@@ -96,7 +96,7 @@ def write_backbone(folder: Path, *, num_layers: int, hidden_size: int, vocab_siz
 
 
 def write_vision_tower(folder: Path, seed: int = 0) -> None:
-    """Write a random CLIP vision tower (16 patches an image, width 32, 3 layers) with its image processor."""
+    """Write a random CLIP vision tower (16 patches per image, width 32, 3 layers) with its image processor."""
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_region import __version__, tasks
-from llava_region import processes as ranks
-from llava_region.data.images import UnreadableImage, prefetch, read_image
+from llava_region import __version__, processes, tasks
+from llava_region.data.images import UnreadableImage, prefetch, read_pixels
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.answers_folder import (
     UNREADABLE,
@@ -90,30 +89,31 @@ def evaluate(
     examples = {name: task.examples(data_root) for name, task in found.items()}
     digests = {name: questions_digest(task, examples[name]) for name, task in found.items()}
     settings = {"weights": weights_digest(model, *([base] if base else [])), "tasks": digests}
-    loaded = load(model, base, device=ranks.device(device), dtype=dtype, template=template)
-    settings.update(template=loaded.template, dtype=str(loaded.model.dtype).removeprefix("torch."))
-    _agree(out, settings)
-    record = _record(loaded, base, settings["dtype"])
-    results = {}
-    for name, task in found.items():
-        rows = _answer_task(loaded, task, examples[name], out, batch_size, limit, workers)
-        if ranks.rank() == 0:
-            results[name] = _score(task, examples[name], rows, limit)
-            _write_results(out, record, results)
+    with processes.joined():
+        loaded = load(model, base, device=processes.device(device), dtype=dtype, template=template)
+        settings.update(template=loaded.template, dtype=str(loaded.model.dtype).removeprefix("torch."))
+        _agree(out, settings)
+        record = _record(loaded, base, settings["dtype"])
+        results = {}
+        for name, task in found.items():
+            rows = _answer_task(loaded, task, examples[name], out, batch_size, limit, workers)
+            if processes.is_first():
+                results[name] = _score(task, examples[name], rows, limit)
+                _write_results(out, record, results)
     return results
 
 
 def _agree(out: Path, settings: dict) -> None:
     """All processes check the settings in `out` before the first one writes them."""
     check_settings(out, settings)
-    ranks.barrier()
-    if ranks.rank() == 0:
+    processes.barrier()
+    if processes.is_first():
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise LlavaRegionError(f"cannot write {out}: {e.strerror}") from e
         write_settings(out, settings)
-    ranks.barrier()
+    processes.barrier()
 
 
 def _record(loaded: LoadedModel, base: Path | None, dtype: str) -> dict:
@@ -132,21 +132,21 @@ def _record(loaded: LoadedModel, base: Path | None, dtype: str) -> dict:
 
 def _answer_task(loaded, task: Task, examples: list[Example], out: Path, batch_size: int, limit: int | None, workers: int) -> dict:
     """Answer what is not answered yet; returns all rows by key, in the first process."""
-    answers = Answers(out, task, ranks.rank())
-    if ranks.rank() == 0:
+    answers = Answers(out, task, processes.rank())
+    if processes.is_first():
         answers.mend()
-    ranks.barrier()
+    processes.barrier()
     done = {key for key, row in answers.rows().items() if not unreadable(row)}
-    ranks.barrier()  # nobody appends while another still reads
-    own = batches(examples[:limit], batch_size)[ranks.rank() :: ranks.world_size()]
+    processes.barrier()  # nobody appends while another still reads
+    own = processes.share(batches(examples[:limit], batch_size))
     todo = [batch for batch in own if any(task.key_of(example) not in done for example in batch)]
-    with progress_bar(task.title, sum(map(len, own)), enabled=ranks.rank() == 0) as advance:
+    with progress_bar(task.title, sum(map(len, own)), enabled=processes.is_first()) as advance:
         advance(sum(map(len, own)) - sum(map(len, todo)))
         for batch, rows in _answer_batches(loaded, task, todo, workers):
             answers.append([row for row in rows if task.key(row) not in done])
             advance(len(batch))
-    ranks.barrier()
-    return answers.merge(examples) if ranks.rank() == 0 else {}
+    processes.barrier()
+    return answers.merge(examples) if processes.is_first() else {}
 
 
 def batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
@@ -177,8 +177,8 @@ def _picture(loaded: LoadedModel, example: Example):
     if example.image is None:
         return []
     try:
-        return [loaded.pixel_values(read_image(example.image))]
-    except (UnreadableImage, ValueError) as e:  # ValueError: the image processor's, for one pixel's height and the like
+        return [read_pixels(example.image, loaded.pixel_values)]
+    except UnreadableImage as e:
         return " ".join(str(e).split())
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from llava_region.checkpoints.model_folder import check_same_shape, locate
 from llava_region.checkpoints.tensors import Checkpoint
-from llava_region.data.check import record_problem
-from llava_region.data.images import prefetch, read_image
+from llava_region.data.images import prefetch, read_pixels
+from llava_region.data.records import read_records, require_images, training_images
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
@@ -59,41 +59,30 @@ class Sample(NamedTuple):
 
 
 def perplexity(model: LoadedModel, data: Path, image_folder: Path | None, **options) -> Likelihood:
-    """Score one LLaVA-format file; options as for `likelihood`. See `read_records` for what is raised."""
-    return likelihood(model, samples(model, read_records(data, image_folder), image_folder), **options)
+    """Score one LLaVA-format file; options as for `likelihood`. See `read_data` for what is raised."""
+    return likelihood(model, samples(model, read_data(data, image_folder), image_folder), **options)
 
 
-def read_records(data: Path, image_folder: Path | None, text_only: bool = False) -> list[dict]:
+def read_data(data: Path, image_folder: Path | None, text_only: bool = False) -> list[dict]:
     """The records of a LLaVA-format JSON file, their form checked and their images found.
 
     Raises:
         LlavaRegionError: names the first record that is not in LLaVA's form, or has an image that is not there or not wanted.
     """
-    records = read_json(data)
-    if not isinstance(records, list) or not records:
-        raise LlavaRegionError(f"{data} is not a list of records; give a file in LLaVA's format: [{{'conversations': ...}}, ...]")
-    for number, record in enumerate(records):
-        problem = record_problem(record)
-        if problem:
-            raise LlavaRegionError(f"record {number} of {data} {problem}")
-    pictures = [record["image"] for record in records if "image" in record]
+    records = read_records(data)
+    pictures = training_images(records)
     if pictures and text_only:
         raise LlavaRegionError(
             f"{len(pictures)} records of {data} have an image, which a plain language model does not see; give text only"
         )
-    if pictures and image_folder is None:
-        raise LlavaRegionError(f"{len(pictures)} records of {data} have an image; give their folder with --image-folder")
-    missing = [name for name in pictures if not (image_folder / name).is_file()]
-    if missing:
-        raise LlavaRegionError(
-            f"{image_folder} lacks {len(missing)} images of {data}, such as {missing[0]}; give the folder they are under"
-        )
+    require_images(pictures, image_folder, data)
     return records
 
 
 def samples(model: LoadedModel, records: Sequence[dict], image_folder: Path | None) -> list[Sample]:
-    """The records through the model's training template."""
-    return [Sample(*model.example(r), image_folder / r["image"] if "image" in r else None) for r in records]
+    """The records, as `read_data` returns them, through the model's training template."""
+    folder = image_folder or Path()  # `read_data` refuses images without a folder
+    return [Sample(*model.example(record), folder / record["image"] if "image" in record else None) for record in records]
 
 
 @torch.inference_mode()
@@ -129,7 +118,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample
 
 def _pixels(model: LoadedModel, batch: Sequence[Sample]) -> list[list[torch.Tensor]]:
     """The pictures of a batch; a record with a picture that no turn places is text to the upstreams, too."""
-    return [[model.pixel_values(read_image(s.image))] if s.image and (s.input_ids < 0).any() else [] for s in batch]
+    return [[read_pixels(s.image, model.pixel_values)] if s.image and (s.input_ids < 0).any() else [] for s in batch]
 
 
 def _score(model: LoadedModel, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +194,7 @@ def sweep(
     own_base, backbone = check_bases(model_folder, base, lora_base, revert)
     regions = parse_sweep(revert, num_layers_of(settings_folder(model_folder))) if revert else []
     text_only = upstream_of(model_folder) is None
-    records = {path: read_records(path, image_folder, text_only) for path in dict.fromkeys(map(Path, data))}
+    records = {path: read_data(path, image_folder, text_only) for path in dict.fromkeys(map(Path, data))}
     model = load(model_folder, own_base, **loading)
     sets = {path: samples(model, found, image_folder) for path, found in records.items()}
     reverter = Reverter(model.model, backbone) if backbone else None

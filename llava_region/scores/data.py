@@ -1,16 +1,21 @@
-"""The records a model is scored on: LLaVA-format conversations, or lists of images under one prompt."""
+"""What a model is scored on: conversations with their images, or images under one prompt, as the model takes them."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
+from llava_region.data.images import read_pixels
+from llava_region.data.records import PLACEHOLDER, Form, check_each, read_list, record_problem, require_images, scoring_images
 
-PLACEHOLDER = "<image>"
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+
+    from llava_region.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Dataset:
     records: int
     used: int
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"file": str(self.file), "sha256": self.sha256, "records": self.records, "used": self.used}
 
 
@@ -54,7 +59,7 @@ def read_samples(
         files: JSON lists. A record is a LLaVA-format object with `conversations` and maybe `image` (a name or a list of
             names), or, with `prompt`, an object with `image` or an image's name by itself (a list of Flickr30k images).
         image_folder: what the image names are relative to.
-        limit: records of each file, drawn with `seed`, in the file's order; None: all.
+        limit: records of each file, drawn with `seed`, in the file's order; None: all. The others are not checked.
         prompt: takes the place of every record's conversation, after its images.
 
     Raises:
@@ -62,46 +67,22 @@ def read_samples(
     """
     samples, datasets = [], []
     for number, file in enumerate(files):
-        records = read_json(file)
-        if not isinstance(records, list) or not records:
-            raise LlavaRegionError(f"{file} is not a list of records; give a JSON list in LLaVA's format, or of image names with --prompt")
+        records = read_list(file)
         chosen = range(len(records))
         if limit is not None and limit < len(records):
             chosen = sorted(random.Random(seed).sample(chosen, limit))
-        samples += [_sample(records[index], (number, index, place), file, image_folder, prompt) for place, index in enumerate(chosen)]
+        folder = image_folder or Path()  # `require_images` refuses images without one
+        form = Form.SCORING if prompt is None else Form.PROMPTED
+        check_each(((index, records[index]) for index in chosen), file, partial(record_problem, form=form))
+        require_images([name for index in chosen for name in scoring_images(records[index])], image_folder, file)
+        for place, index in enumerate(chosen):
+            images = tuple(folder / name for name in scoring_images(records[index]))
+            samples.append(Sample(number, index, place, images, records[index]["conversations"] if prompt is None else None))
         datasets.append(Dataset(file, hashlib.sha256(file.read_bytes()).hexdigest(), len(records), len(chosen)))
-    _check_images(samples)
     return samples, datasets
 
 
-def _sample(record, numbers: tuple[int, int, int], file: Path, image_folder: Path | None, prompt: str | None) -> Sample:
-    where = f"record {numbers[1]} of {file}"
-    record = {"image": record} if isinstance(record, str) else record
-    if not isinstance(record, dict):
-        raise LlavaRegionError(f"{where} is a {type(record).__name__}; allowed: an object with 'conversations', or an image's name")
-    names = record.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if names and image_folder is None:
-        raise LlavaRegionError(f"{where} has an image, {names[0]}; give the folder it is in with --image-folder")
-    images = tuple(image_folder / name for name in names)
-    if prompt is not None:
-        return Sample(*numbers, images, None)
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        raise LlavaRegionError(f"{where} has no 'conversations'; give --prompt to put one question to every image")
-    placeholders = sum(turn["value"].count(PLACEHOLDER) for turn in turns)
-    if images and placeholders != len(images):
-        raise LlavaRegionError(f"{where} has {len(images)} images and {placeholders} times {PLACEHOLDER}; they have to be as many")
-    return Sample(*numbers, images, turns)
-
-
-def _check_images(samples: list[Sample]) -> None:
-    missing = [path for sample in samples for path in sample.images if not path.is_file()]
-    if missing:
-        raise LlavaRegionError(f"{len(missing)} images are missing, the first is {missing[0]}; mend --image-folder or the data")
-
-
-def embed_inputs(loaded, sample: Sample, prompt: str | None):
+def embed_inputs(loaded: LoadedModel, sample: Sample, prompt: str | None) -> tuple[LongTensor, list[Tensor]]:
     """Token ids (T,) and pixel values (a list of (3, H, W)) of a sample, as `LoadedModel.embed` takes them.
 
     A whole conversation goes through the training template, answers included; the prompt, or a question without an
@@ -111,21 +92,11 @@ def embed_inputs(loaded, sample: Sample, prompt: str | None):
         LlavaRegionError: an image cannot be read.
     """
     if sample.conversation is None:
-        ids = loaded.input_ids(loaded.prompt(prompt, len(sample.images)))
+        ids = loaded.input_ids(loaded.prompt(prompt or "", len(sample.images)))
     elif len(sample.conversation) == 1:
         question = sample.conversation[0]["value"].replace(PLACEHOLDER, "").strip()
         ids = loaded.input_ids(loaded.prompt(question, len(sample.images)))
     else:
         record = {"conversations": sample.conversation, **({"image": [str(p) for p in sample.images]} if sample.images else {})}
         ids = loaded.example(record)[0]
-    return ids, [loaded.pixel_values(_open(path)) for path in sample.images]
-
-
-def _open(path: Path):
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read the image {path}: {e}; mend or remove it") from e
+    return ids, [read_pixels(path, loaded.pixel_values) for path in sample.images]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class Stop:
     """`requested` turns true with the first signal; a second Ctrl-C raises KeyboardInterrupt."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 
 
 @contextmanager
-def stop_on_signals():
+def stop_on_signals() -> Iterator[Stop]:
     """Yields a `Stop`; the signals' earlier handlers are back when the block ends."""
     stop = Stop()
     before = {number: signal.signal(number, stop._receive) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from llava_region import processes
+from llava_region.data.images import prefetch
 from llava_region.progress import progress_bar
 from llava_region.scores.activations import measure
 from llava_region.scores.data import Sample, embed_inputs
 from llava_region.scores.interrupt import Stop, stop_on_signals
 from llava_region.scores.partial import Progress, partial_file, partial_files, resume
-from llava_region.scores.ranks import Ranks
 from llava_region.scores.sums import Sums
 
+if TYPE_CHECKING:
+    from llava_region.models.loading import LoadedModel
+
+    Inputs = list[tuple[torch.LongTensor, list[torch.Tensor]]]  # of each sample of a batch, as `embed_inputs` returns them
+
 SAVE_SECONDS = 60
-PREPARED = 2  # batches read ahead
+WORKERS = 1  # threads that prepare batches; no more, as the upstreams' preprocessing sets a global template while it runs
 
 
 class Interrupted(Exception):
@@ -49,51 +53,54 @@ class Plan:
         return sum(map(len, self.batches))
 
 
-def run_pass(loaded, plan: Plan, ranks: Ranks, resumed: bool) -> Progress:
+def run_pass(loaded: LoadedModel, plan: Plan, resumed: bool) -> Progress:
     """Score every batch that is not done yet; returns what all processes found, the same in each.
+
+    Several processes have to be joined (`processes.joined`).
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM and the batch that was running.
         LlavaRegionError: an image cannot be read (progress is saved too), or an earlier run's progress does not belong to this one.
     """
-    found = _start(loaded.num_layers, plan, ranks, resumed)
-    done = set(ranks.broadcast(found.done))
-    mine = ranks.share([number for number in range(len(plan.batches)) if number not in done])
+    found = _start(loaded.num_layers, plan, resumed)
+    done = set(processes.broadcast(found.done))
+    mine = processes.share([number for number in range(len(plan.batches)) if number not in done])
+    own_file = partial_file(plan.out, processes.rank())
     with stop_on_signals() as stop:
         try:
-            _score_batches(loaded, plan, mine, found, ranks, stop)
+            _score_batches(loaded, plan, mine, found, stop)
         except Exception:  # a broken image, memory full: what was found so far is worth keeping
             if found.done:
-                found.save(partial_file(plan.out, ranks.rank))
+                found.save(own_file)
             raise
-        if ranks.size > 1:  # another process may be stopped while this one waits for it
-            found.save(partial_file(plan.out, ranks.rank))
-        return _together(found, ranks)
+        if processes.world_size() > 1:  # another process may be stopped while this one waits for it
+            found.save(own_file)
+        return _together(found)
 
 
-def _score_batches(loaded, plan: Plan, mine: list[int], found: Progress, ranks: Ranks, stop: Stop) -> None:
-    with progress_bar("scoring (batches)", len(mine), enabled=ranks.first) as advance:
+def _score_batches(loaded: LoadedModel, plan: Plan, mine: list[int], found: Progress, stop: Stop) -> None:
+    path = partial_file(plan.out, processes.rank())
+    with progress_bar("scoring (batches)", len(mine), enabled=processes.is_first()) as advance:
         saved = time.monotonic()
-        for number, inputs in _prepared(loaded, plan, mine):
+        for number, inputs in prefetch(lambda number: _inputs(loaded, plan, number), mine, WORKERS):
             if stop.requested:
                 break
             _add_batch(loaded, plan, number, inputs, found)
             advance()
             if time.monotonic() - saved > SAVE_SECONDS:
-                found.save(partial_file(plan.out, ranks.rank))
+                found.save(path)
                 saved = time.monotonic()
     if stop.requested:
-        path = partial_file(plan.out, ranks.rank)
         found.save(path)
         done = sum(len(plan.batches[number]) for number in found.done)
-        who = f"process {ranks.rank}: " if ranks.size > 1 else ""
+        who = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
         raise Interrupted(f"{who}interrupted after {done} of {plan.samples} samples, saved in {path}; go on with --resume")
 
 
-def _start(num_layers: int, plan: Plan, ranks: Ranks, resumed: bool) -> Progress:
+def _start(num_layers: int, plan: Plan, resumed: bool) -> Progress:
     """The first process takes over what earlier processes found, in one file; the others begin with nothing."""
     found = Progress(plan.identity, Sums(num_layers))
-    if not ranks.first:
+    if not processes.is_first():
         return found
     earlier = partial_files(plan.out)
     if resumed and earlier:
@@ -105,30 +112,13 @@ def _start(num_layers: int, plan: Plan, ranks: Ranks, resumed: bool) -> Progress
     return found
 
 
-def _prepared(loaded, plan: Plan, numbers: list[int]) -> Iterator[tuple[int, list]]:
-    """The batches' token ids and pixel values, read and decoded in a thread while the model runs."""
-    waiting = iter(numbers)
-    with ThreadPoolExecutor(1) as pool:
-        queue: deque = deque()
-        try:
-            while True:
-                while len(queue) < PREPARED and (number := next(waiting, None)) is not None:
-                    queue.append((number, pool.submit(_inputs, loaded, plan, number)))
-                if not queue:
-                    return
-                number, future = queue.popleft()
-                yield number, future.result()
-        finally:
-            for _, future in queue:
-                future.cancel()
-
-
-def _inputs(loaded, plan: Plan, number: int) -> list:
+def _inputs(loaded: LoadedModel, plan: Plan, number: int) -> Inputs:
+    """A batch's token ids and pixel values, read and decoded while the model runs on the batch before."""
     return [embed_inputs(loaded, sample, plan.prompt) for sample in plan.batches[number]]
 
 
 @torch.inference_mode()
-def _add_batch(loaded, plan: Plan, number: int, inputs: list, found: Progress) -> None:
+def _add_batch(loaded: LoadedModel, plan: Plan, number: int, inputs: Inputs, found: Progress) -> None:
     ids, images = zip(*inputs, strict=True)
     batch = loaded.embed(list(ids), list(images))
     attention = measure(loaded.model, batch, plan.metrics, found.sums)
@@ -140,12 +130,12 @@ def _add_batch(loaded, plan: Plan, number: int, inputs: list, found: Progress) -
             found.attention.setdefault(str(sample.dataset), {})[str(sample.index)] = row.tolist()
 
 
-def _together(found: Progress, ranks: Ranks) -> Progress:
+def _together(found: Progress) -> Progress:
     """What all processes found: the sums reduced, the single samples gathered."""
-    table = ranks.add_up(found.sums.table.clone())
+    table = processes.add_up(found.sums.table.clone())
     total = Progress(found.identity, Sums(table.shape[1] - 1))
     total.sums.table += table
-    for attention in ranks.gather(found.attention):
+    for attention in processes.gather(found.attention):
         for dataset, rows in attention.items():
             total.attention.setdefault(dataset, {}).update(rows)
     return total

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llava_region import __version__
+from llava_region import __version__, processes
 from llava_region import files as atomic
 from llava_region.checkpoints.model_folder import locate
 from llava_region.errors import LlavaRegionError
@@ -19,7 +19,6 @@ from llava_region.scores.data import Sample, read_samples
 from llava_region.scores.parameter_change import FORMS, masked, parameter_change
 from llava_region.scores.partial import Progress, partial_files
 from llava_region.scores.pass_over_data import Plan, run_pass
-from llava_region.scores.ranks import Ranks, join_ranks
 from llava_region.scores.scores_file import correlation
 from llava_region.scores.weight_changes import weight_changes
 
@@ -85,10 +84,10 @@ def score(model: str | Path, data: list[Path], out: Path, options: Options) -> d
     samples, datasets = _check(model, data, out, options)
     wanted = tuple(name for name in ACTIVATION_METRICS if name in options.metrics)
     identity = _identity(model, datasets, options)
-    with join_ranks() as ranks:
-        weights = _weight_scores(model, options) if ranks.first else {}
-        activations = _activation_scores(model, samples, wanted, out, options, identity, ranks) if wanted else None
-        if not ranks.first:
+    with processes.joined():
+        weights = _weight_scores(model, options) if processes.is_first() else {}
+        activations = _activation_scores(model, samples, wanted, out, options, identity) if wanted else None
+        if not processes.is_first():
             return None
         metrics = {**{name: _entry(name, *activations, options) for name in wanted}, **weights}
         result = {
@@ -212,15 +211,15 @@ def _weight_scores(model: Path, options: Options) -> dict[str, dict]:
     return metrics
 
 
-def _activation_scores(model: Path, samples: list[Sample], metrics, out: Path, options: Options, identity: dict, ranks: Ranks):
+def _activation_scores(model: Path, samples: list[Sample], metrics, out: Path, options: Options, identity: dict):
     """What all processes found, and the dtype that the model ran in."""
     loaded = load(
-        model, _load_base(model, options), device=options.device or ranks.device, dtype=options.dtype, template=options.template,
+        model, _load_base(model, options), device=processes.device(options.device), dtype=options.dtype, template=options.template,
         attn_implementation=options.attn_implementation,
     )  # fmt: skip
     batches = [samples[i : i + options.batch_size] for i in range(0, len(samples), options.batch_size)]
     plan = Plan(batches, metrics, options.prompt, options.instances, out, identity)
-    return run_pass(loaded, plan, ranks, options.resume), str(loaded.model.dtype).removeprefix("torch.")
+    return run_pass(loaded, plan, options.resume), str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _entry(metric: str, found: Progress, dtype: str, options: Options) -> dict:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from llava_region import processes
 from llava_region.decoder import layer_index, part_of
 from llava_region.region import Region
 from llava_region.training import recompute
@@ -63,7 +63,7 @@ def estimate(upstream: Upstream, preflight: Preflight) -> Estimate:
     """
     args = preflight.args
     model = empty_model(upstream, preflight)
-    gpus = args.dry_run_gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = args.dry_run_gpus or processes.world_size()
     stage = zero_settings(args).get("stage", 0)
     memory = estimate_memory(model, args, preflight.recipe, gpus, stage)
     return Estimate(

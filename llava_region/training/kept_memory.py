@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_region import processes
 from llava_region.decoder import find_decoder_layers, linear_modules
 from llava_region.errors import UnsupportedUpstream
 
@@ -220,7 +221,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_available_memory(), _group_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_available_memory(), _group_memory()) // processes.local_world_size()
 
 
 def _available_memory() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 import warnings
 from argparse import Namespace
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_region import processes
 from llava_region.checkpoints.source import num_layers_in
 from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
@@ -62,7 +62,7 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     check_generation_config(args, recipe)
     check_output(args.output_dir)
     check_resumable(args.output_dir, region, recipe.lora is not None)
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = processes.is_first()
     records = check_data(recipe.data, recipe.images, args.check_images) if first else None
     return Preflight(args, recipe, region, config, records)
 

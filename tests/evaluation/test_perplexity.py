@@ -144,7 +144,7 @@ def test_wrong_input_is_one_line(llava_checkpoint, lora_run, tiny, data, tmp_pat
     assert "layer 8 in '8'" in refused(["perplexity", model, *text, "--revert-sweep", "0;8", "--base", base], capsys)
     assert "names no set" in refused(["perplexity", model, *text, "--revert-sweep", ";", "--base", base], capsys)
     assert "--image-folder" in refused(["perplexity", model, *visual], capsys)
-    assert "lacks 10 images" in refused(["perplexity", model, *visual, "--image-folder", str(tmp_path)], capsys)
+    assert "10 images are missing" in refused(["perplexity", model, *visual, "--image-folder", str(tmp_path)], capsys)
     assert "give text only" in refused(["perplexity", base, *visual, "--image-folder", str(tiny.images)], capsys)
     assert "allowed: .png" in refused(["perplexity", model, *text, "--plot", "figure.jpeg2"], capsys)
     (tmp_path / "out.json").write_text("kept")

@@ -10,7 +10,6 @@ from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
 from llava_region.scores.image_attention import image_attention
 from llava_region.scores.pass_over_data import Plan, run_pass
-from llava_region.scores.ranks import Ranks
 from llava_region.scores.sums import Sums
 from tests.helpers.scores_reference import mixed_records, reference_scores
 
@@ -54,7 +53,7 @@ def scores_of(loaded, data, tiny, tmp_path, batch_size):
     samples, _ = read_samples([data], tiny.images)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     plan = Plan(batches, ACTIVATION_METRICS, None, 50, tmp_path / "scores.json", {})
-    found = run_pass(loaded, plan, Ranks(0, 1, 0), resumed=False)
+    found = run_pass(loaded, plan, resumed=False)
     return {name: found.sums.scores(name) for name in ACTIVATION_METRICS}, found
 
 

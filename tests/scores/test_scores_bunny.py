@@ -10,7 +10,6 @@ from llava_region.models.loading import load
 from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
 from llava_region.scores.pass_over_data import Plan, run_pass
-from llava_region.scores.ranks import Ranks
 from tests.helpers.bunny_models import MODEL_TYPES, write_bunny
 from tests.helpers.scores_reference import mixed_records, reference_scores
 from tests.surgery.test_merge_bunny import bunny_run  # skips where Bunny is not
@@ -36,7 +35,7 @@ def test_all_metrics_agree_with_the_reference(tmp_path, model_type):
     eager = sharpen(load(run, files.backbone, device="cpu", attn_implementation="eager"))
     samples, _ = read_samples([data], files.images)
     plan = Plan([samples[i : i + 3] for i in range(0, len(samples), 3)], ACTIVATION_METRICS, None, 50, tmp_path / "scores.json", {})
-    found = run_pass(loaded, plan, Ranks(0, 1, 0), resumed=False)
+    found = run_pass(loaded, plan, resumed=False)
     reference = reference_scores(eager, [embed_inputs(eager, sample, None) for sample in samples])
     for name in ACTIVATION_METRICS:
         assert found.sums.scores(name) == pytest.approx(reference[name], abs=1e-5), name

@@ -1,0 +1,161 @@
+"""Records in LLaVA's format, read and checked in one place: `[{"image": name, "conversations": [turn, ...]}, ...]`.
+
+A turn is `{"from": "human" or "gpt", "value": text}`. Who reads a file says by a `Form` how much of this it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from enum import Enum, auto
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+
+PLACEHOLDER = "<image>"
+
+
+class Form(Enum):
+    """What a record has to be.
+
+    Attributes:
+        TRAINING: what the upstreams' training takes: turns that alternate, at most one image.
+        SCORING: turns of any speakers, and any number of images, each with its placeholder.
+        PROMPTED: an object with any number of images, or an image's name by itself; a prompt takes the turns' place.
+        OBJECT: any object.
+    """
+
+    TRAINING = auto()
+    SCORING = auto()
+    PROMPTED = auto()
+    OBJECT = auto()
+
+
+def read_records(path: Path, form: Form = Form.TRAINING) -> list[dict]:
+    """All records of a file, each of the given form.
+
+    Raises:
+        LlavaRegionError: the file is not a list of records, or names the first record that is not of this form.
+    """
+    records = read_list(path)
+    check_each(enumerate(records), path, partial(record_problem, form=form))
+    return records
+
+
+def read_list(path: Path) -> list[Any]:
+    """The records of a file, unchecked.
+
+    Raises:
+        LlavaRegionError: it cannot be read, is not a JSON list, or is empty.
+    """
+    records: Any = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise LlavaRegionError(
+            f"{path} is not a list of records; allowed: a JSON list in LLaVA's format, [{{'image': name, 'conversations': [...]}}, ...]"
+        )
+    return records
+
+
+def check_each(records: Iterable[tuple[int, Any]], path: Path, problem: Callable[[Any], str | None]) -> None:
+    """Refuse the first record that has a problem.
+
+    Args:
+        records: each with its number in the file.
+        path: the file, for the message.
+        problem: what is wrong with a record, as the end of a sentence that begins with the record, or None.
+
+    Raises:
+        LlavaRegionError: names the record and its problem.
+    """
+    for number, record in records:
+        found = problem(record)
+        if found:
+            raise LlavaRegionError(f"record {number} of {path} {found}")
+
+
+def record_problem(record: Any, form: Form = Form.TRAINING) -> str | None:
+    """What is wrong with one record, or None."""
+    if form in (Form.SCORING, Form.PROMPTED):
+        return _scoring_problem(record, prompted=form is Form.PROMPTED)
+    if not isinstance(record, dict):
+        return f"is a {type(record).__name__}, not an object; allowed: an object with 'conversations'"
+    return _training_problem(record) if form is Form.TRAINING else None
+
+
+def _training_problem(record: dict) -> str | None:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "has no 'conversations'; allowed: a list of turns"
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
+            return "has a turn that is not {'from': 'human' or 'gpt', 'value': text}"
+    # upstream skips a first turn that is not human, and asserts that roles alternate from there on
+    roles = [turn["from"] for turn in (turns[1:] if turns[0]["from"] != "human" else turns)]
+    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        return "has turns that do not alternate between human and gpt"
+    if "image" in record:
+        if not isinstance(record["image"], str):
+            return "has an 'image' that is not a file name; allowed: one image per record"
+        if sum(PLACEHOLDER in turn["value"] for turn in turns) > 1:
+            return f"names one image but places '{PLACEHOLDER}' in several turns, which would shift the images of the samples after it"
+    return None
+
+
+def _scoring_problem(record: Any, prompted: bool) -> str | None:
+    if not isinstance(record, (dict, str)):
+        return f"is a {type(record).__name__}; allowed: an object with 'conversations', or an image's name"
+    names = record if isinstance(record, str) else record.get("image") or ()
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        return "has an 'image' that is neither a file name nor a list of file names"
+    if prompted:
+        return None
+    turns = None if isinstance(record, str) else record.get("conversations")
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+        return "has no 'conversations'; give --prompt to put one question to every image"
+    images, placeholders = len(scoring_images(record)), sum(turn["value"].count(PLACEHOLDER) for turn in turns)
+    if images and placeholders != images:
+        return f"has {images} images and {placeholders} times {PLACEHOLDER}; give as many of one as of the other"
+    return None
+
+
+def training_images(records: Iterable[dict]) -> list[str]:
+    """The images that records of the training form name, in their order; the upstreams look for the key alone."""
+    return [record["image"] for record in records if "image" in record]
+
+
+def scoring_images(record: dict | str) -> list[str]:
+    """The images that a record of a scoring form names; an empty name or null is none."""
+    names = record if isinstance(record, str) else record.get("image")
+    return ([names] if isinstance(names, str) else list(names)) if names else []
+
+
+def require_image_folder(count: int, folder: Path | None, path: Path, option: str = "--image-folder") -> None:
+    """Refuse data with images without the folder that they are in.
+
+    Args:
+        count: how many images the data file `path` names.
+
+    Raises:
+        LlavaRegionError: says how to give the folder.
+    """
+    if count and folder is None:
+        raise LlavaRegionError(f"{path} names {count} images; give the folder that they are in with {option}")
+
+
+def require_images(names: Sequence[str], folder: Path | None, path: Path) -> None:
+    """Refuse data whose images are not all there.
+
+    Raises:
+        LlavaRegionError: no folder is given, or it lacks images; counts them and names the first.
+    """
+    require_image_folder(len(names), folder, path)
+    if folder is None:
+        return
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise LlavaRegionError(
+            f"{len(missing)} images are missing in {folder}, such as {missing[0]} of {path}; "
+            "give the folder that they are in with --image-folder, or correct the data"
+        )
