@@ -1,6 +1,6 @@
 # make demo   train a tiny LLaVA on all layers and on a quarter of them, and compare (about 5 minutes after installation)
 # make test   the whole test suite, with the real LLaVA and real ZeRO-3 on two CPU ranks
-# make lint   ruff
+# make lint   ruff, and pyright over the package as it is installed (patches/ inside it)
 # make wheel-smoke   build sdist and wheel, and run the wheel from a clean environment
 # make test-bunny BUNNY_ROOT=DIR   the tests against a checkout of Bunny
 #
@@ -60,6 +60,8 @@ demo: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	rm -rf build/types && mkdir -p build/types && cp -r llava_region pyproject.toml build/types && cp -r patches build/types/llava_region/patches
+	cd build/types && $(abspath $(VENV))/bin/pyright --pythonpath $(abspath $(VENV))/bin/python
 
 wheel-smoke: $(VENV)/.ready
 	bash .ci/wheel-smoke $(VENV)/bin/python
