@@ -73,7 +73,8 @@ def test_links_lead_somewhere(page):
 @by_page
 def test_paths_exist(page):
     for path in re.findall(rf"(?<![\w./-])((?:{'|'.join((*FOLDERS, 'tests', '.ci'))})/[\w./-]*)", "\n".join(code(page))):
-        assert (ROOT / path).exists(), f"{path} does not exist"
+        if "NAME" not in path:  # a placeholder
+            assert (ROOT / path).exists(), f"{path} does not exist"
 
 
 @by_page

@@ -17,8 +17,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from llava_region import __version__
-from llava_region.doctor.rules import TESTED
+from llava_region import __version__, upstreams
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -84,7 +83,7 @@ def test_citation_is_what_the_paper_prints():
 
 @pytest.mark.parametrize("upstream", ["llava", "bunny"])
 def test_container_installs_the_tested_versions(upstream):
-    """The Dockerfile names no version of a library: it calls the Makefile, whose pins are those that doctor calls tested."""
+    """The Dockerfile names no version of a library: it calls the Makefile, whose pins are the upstreams' tested ones."""
     outside_comments = "\n".join(" ".join(step) for step in dockerfile_steps())
     torch = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
     assert re.findall(r"[a-z]+==[\d.]+", outside_comments) == [torch]
@@ -96,10 +95,9 @@ def test_container_installs_the_tested_versions(upstream):
     assert f"-r tests/requirements-{upstream}.txt" in commands
     assert f"/opt/venv-{upstream}/bin/pip install -q --no-deps --no-build-isolation -e ." in commands
     pins = commands + (ROOT / f"tests/requirements-{upstream}.txt").read_text()
-    for tested in TESTED[upstream].split(", ")[1:]:
-        assert tested.replace(" ", "==") in pins, tested
-    commit = TESTED["bunny"].split()[1].rstrip(",")
-    assert f"checkout {commit}" in outside_comments
+    for component, version in upstreams.get(upstream).pinned.items():
+        assert f"{component}=={version}" in pins
+    assert f"checkout {upstreams.get('bunny').commit}" in outside_comments
 
 
 def test_container_copies_what_exists():

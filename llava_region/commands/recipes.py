@@ -55,8 +55,6 @@ def copy(folder: Path, force: bool = False) -> list[str]:
 
 def recipes_folder() -> Path:
     """Where the recipes are: `recipes/` in an installed wheel, `scripts/` next to the package in a checkout."""
-    import llava_region
-
-    package = Path(llava_region.__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "scripts"

@@ -104,9 +104,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_installed_recipes_go_before_a_checkouts(tmp_path, monkeypatch):
-    import llava_region
-
-    monkeypatch.setattr(llava_region, "__file__", str(tmp_path / "llava_region" / "__init__.py"))
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "llava_region" / "commands" / "recipes.py"))
     assert recipes.recipes_folder() == tmp_path / "scripts"
     (tmp_path / "llava_region" / "recipes").mkdir(parents=True)
     assert recipes.recipes_folder() == tmp_path / "llava_region" / "recipes"
