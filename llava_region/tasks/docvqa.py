@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from llava_region.files import read_json
-from llava_region.tasks import reading
+from llava_region.tasks import ocr_questions
 from llava_region.tasks.task import Example, File, Task, locate
 
 ANNOTATIONS = "docvqa/val_v1.0_withQT.json or docvqa/spdocvqa_qas/val_v1.0_withQT.json or docvqa/val/val_v1.0.json"
@@ -24,7 +24,7 @@ def examples(data_root: str | Path) -> list[Example]:
     return [
         Example(
             entry["questionId"],
-            reading.PROMPT.format(question=entry["question"]),
+            ocr_questions.PROMPT.format(question=entry["question"]),
             folder / PurePosixPath(entry["image"]).name,  # "documents/NAME.png"; the images' archive has its own folder name
             [str(answer) for answer in entry["answers"]],
         )
@@ -34,7 +34,7 @@ def examples(data_root: str | Path) -> list[Example]:
 
 def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
     """`contains` (the paper's), `exact` and `anls` (the benchmark's own)."""
-    return reading.score(TASK, examples, answers)
+    return ocr_questions.score(TASK, examples, answers)
 
 
 TASK = Task(

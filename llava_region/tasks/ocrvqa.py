@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from llava_region.files import read_json
-from llava_region.tasks import reading
+from llava_region.tasks import ocr_questions
 from llava_region.tasks.task import Example, File, Task, locate
 
 ANNOTATIONS = "ocrvqa/dataset.json"
@@ -30,7 +30,7 @@ def examples(data_root: str | Path) -> list[Example]:
             continue
         image = folder / _image_name(book, entry["imageURL"], present)
         for n, (question, answer) in enumerate(zip(entry["questions"], entry["answers"], strict=True)):
-            found.append(Example(f"{book}_{n}", reading.PROMPT.format(question=question), image, [str(answer)]))
+            found.append(Example(f"{book}_{n}", ocr_questions.PROMPT.format(question=question), image, [str(answer)]))
     return found
 
 
@@ -42,7 +42,7 @@ def _image_name(book: str, url: str, present: set[str]) -> str:
 
 def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
     """`contains` (the paper's), `exact` and `anls`."""
-    return reading.score(TASK, examples, answers)
+    return ocr_questions.score(TASK, examples, answers)
 
 
 TASK = Task(

@@ -1,4 +1,4 @@
-"""OCRVQA's and DocVQA's common scorer: reading text in an image, one right answer or several."""
+"""What OCRVQA and DocVQA share, whose questions are about text in an image: the prompt and the scorer."""
 
 from __future__ import annotations
 
