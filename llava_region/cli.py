@@ -1,4 +1,4 @@
-"""The `llava-region` command: parsing only. Each subcommand is one file in `llava_region.commands`."""
+"""The `llava-region` command: it only parses. Each subcommand is one file in `llava_region.commands`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 import sys
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
 import typer
 
 from llava_region import __version__, commands
 from llava_region.errors import LlavaRegionError
 
-# click's base error, whichever of typer's own or an installed click this typer was built on
-_ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# The base of click's errors. Newer typers contain a copy of click, older ones need an installed click, so it is looked up among
+# the bases of an error that every typer exports; that error's type is the nearest that a type checker can know.
+_ClickException: type[typer.BadParameter] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="llava-region",
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")):
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
         print(__version__)
         raise typer.Exit
@@ -35,12 +35,12 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 for _module in iter_modules(commands.__path__):
     _command = import_module(f"llava_region.commands.{_module.name}").command
-    # in the list of commands the first clause, which fits a line there
+    # the list of commands shows the first clause, which fits on one line
     app.command(_module.name, short_help=re.split("[,;.]", _command.__doc__)[0])(_command)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; bad input prints one `error: ...` line on stderr and returns 2."""
+    """Run one subcommand; bad input prints one line, `error: ...`, on stderr and returns 2."""
     try:
         code = app(args=sys.argv[1:] if argv is None else argv, standalone_mode=False)
     except LlavaRegionError as e:

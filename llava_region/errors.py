@@ -1,8 +1,8 @@
-"""Errors that a user can mend: shown as one line, `error: ...`, with exit code 2."""
+"""Errors that a user can fix: shown as one line, `error: ...`, with exit code 2."""
 
 
 class LlavaRegionError(ValueError):
-    """Bad input. The message says what was given, what is allowed and how to mend it, in one line."""
+    """Bad input. The message says what was given, what is allowed and how to fix it, in one line."""
 
 
 class UnsupportedUpstream(LlavaRegionError):

@@ -1,4 +1,4 @@
-"""Write beside, then rename: a killed command leaves nothing under the final name."""
+"""Read JSON, and write files whole: under a temporary name first, so that a killed command leaves nothing under the final one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llava_region.errors import LlavaRegionError
 
@@ -45,16 +47,16 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise
 
 
-def write_json(path: str | Path, data) -> None:
+def write_json(path: str | Path, data: Any) -> None:
     """`write_text` of indented JSON with a final newline."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """Parse a JSON file.
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file: most often a dict, for training data a list.
 
     Raises:
-        LlavaRegionError: it can't be read or is not JSON.
+        LlavaRegionError: it cannot be read or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,10 +73,10 @@ def _umask() -> int:
 
 
 @contextmanager
-def output_folder(path: str | Path, force: bool = False):
+def output_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """A folder to fill, which appears under `path` only when the block ends without an error.
 
-    Yields the temporary folder, `.NAME.partial` beside the final one; what an earlier killed run left there is removed.
+    Yields the temporary folder, `.NAME.partial` next to the final one; what an earlier killed run left there is removed.
 
     Raises:
         LlavaRegionError: `path` exists and is not an empty folder, and `force` is not set; or it is a file, or its parent is
@@ -104,10 +106,10 @@ def output_folder(path: str | Path, force: bool = False):
 
 
 def refuse_existing(path: str | Path, force: bool = False) -> None:
-    """Refuse an output that is already there (an empty folder is not).
+    """Refuse to replace an output: a file, or a folder that is not empty.
 
     Raises:
-        LlavaRegionError: `path` exists and `force` is not set.
+        LlavaRegionError: there is one at `path`, and `force` is not set.
     """
     path = Path(path)
     if path.is_dir() and not any(path.iterdir()):

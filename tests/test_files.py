@@ -21,7 +21,7 @@ def test_an_error_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_no_part_of_the_next(tmp_path):
+def test_what_a_killed_run_left_is_not_part_of_the_next(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "old").write_text("")
     with output_folder(tmp_path / "out"):

@@ -1,4 +1,4 @@
-"""Answers files in LLaVA's form: one JSON object a line with `question_id`, `prompt` and `text`."""
+"""Answers files in LLaVA's form: one JSON object per line, with `question_id`, `prompt` and `text`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from llava_region.errors import LlavaRegionError
-from llava_region.tasks.task import Example, Task, read_jsonl
+from llava_region.tasks.task import Example, Row, Task, read_jsonl
 
 
-def read(path: str | Path) -> list[dict]:
+def read(path: str | Path) -> list[Row]:
     """The rows of an answers file.
 
     Raises:
@@ -22,11 +22,11 @@ def read(path: str | Path) -> list[dict]:
     return rows
 
 
-def pair(task: Task, examples: list[Example], rows: list[dict]) -> dict[Hashable, str]:
-    """Answers by the key of the question they answer; rows of no question are left out, a repeated question's last row counts.
+def pair(task: Task, examples: list[Example], rows: list[Row]) -> dict[Hashable, str]:
+    """Answers by the key of their question. Rows that belong to no question are ignored; of several rows for one question the last counts.
 
     Raises:
-        LlavaRegionError: there are rows, and none answers a question of the task.
+        LlavaRegionError: there are rows, but none belongs to a question of the task.
     """
     keys: dict[Hashable, Hashable] = {}
     for example in examples:
@@ -35,13 +35,13 @@ def pair(task: Task, examples: list[Example], rows: list[dict]) -> dict[Hashable
     answers = {keys[key]: row["text"] for row in rows if (key := task.key(row)) in keys}
     if rows and not answers:
         raise LlavaRegionError(
-            f"none of the {len(rows)} answers is to a question of {task.name} (first question_id: {rows[0]['question_id']!r}, "
+            f"none of the {len(rows)} answers belongs to a question of {task.name} (first question_id: {rows[0]['question_id']!r}, "
             f"the task's: {examples[0].question_id!r}); give the answers file of this task"
         )
     return answers
 
 
 def texts(task: Task, examples: list[Example], answers: dict[Hashable, str]) -> tuple[list[str], int]:
-    """Answers in the examples' order, "" where there is none, and how many there were none for."""
+    """Answers in the examples' order, "" for an example without an answer, and the number of those."""
     found = [answers.get(task.key_of(example)) for example in examples]
     return ["" if text is None else text for text in found], sum(text is None for text in found)

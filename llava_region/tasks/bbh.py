@@ -10,7 +10,7 @@ from typing import NamedTuple
 from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.short_answer import matches
-from llava_region.tasks.task import Example, File, Task, locate, percent
+from llava_region.tasks.task import Example, File, Result, Task, locate, percent
 
 PROMPT = "{input}\nPlease answer this question in a word or phrase"
 FILE = "bbh/{part}.json or bbh/bbh/{part}.json"
@@ -23,7 +23,7 @@ NAMES = """boolean_expressions causal_judgement date_understanding disambiguatio
 
 
 class Reference(NamedTuple):
-    """The right answer, the question, and the BIG-Bench-Hard task it is of."""
+    """The right answer, the question, and the BIG-Bench-Hard task that it belongs to."""
 
     target: str
     question: str
@@ -31,12 +31,12 @@ class Reference(NamedTuple):
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """The 6,511 questions, tasks in alphabetical order; a question's id is `TASK/N`, N its place in the file from 0.
+    """The 6,511 questions, tasks in alphabetical order; a question's id is `TASK/N`, where N counts the file's questions from 0.
 
     Raises:
         LlavaRegionError: a file cannot be read.
     """
-    found = []
+    found: list[Example] = []
     for task in NAMES.split():
         for n, item in enumerate(read_json(locate(data_root, FILE.replace("{part}", task)))["examples"]):
             reference = Reference(item["target"], item["input"], task)
@@ -44,10 +44,10 @@ def examples(data_root: str | Path) -> list[Example]:
     return found
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """Accuracy over all questions (the paper's), the mean over the tasks, and accuracy by task."""
     texts, missing = answers_file.texts(TASK, examples, answers)
-    hits = defaultdict(list)
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
     for text, example in zip(texts, examples, strict=True):
         hits[example.reference.task].append(matches(text, example.reference.target, example.reference.question))
     tasks = {name: percent(of_task) for name, of_task in sorted(hits.items())}

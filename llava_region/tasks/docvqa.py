@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from llava_region.files import read_json
-from llava_region.tasks import reading
-from llava_region.tasks.task import Example, File, Task, locate
+from llava_region.tasks import ocr_questions
+from llava_region.tasks.task import Example, File, Result, Task, locate
 
 ANNOTATIONS = "docvqa/val_v1.0_withQT.json or docvqa/spdocvqa_qas/val_v1.0_withQT.json or docvqa/val/val_v1.0.json"
 IMAGES = "docvqa/documents/ or docvqa/spdocvqa_images/ or docvqa/val/documents/"
@@ -24,17 +24,17 @@ def examples(data_root: str | Path) -> list[Example]:
     return [
         Example(
             entry["questionId"],
-            reading.PROMPT.format(question=entry["question"]),
-            folder / PurePosixPath(entry["image"]).name,  # "documents/NAME.png"; the images' archive has its own folder name
+            ocr_questions.PROMPT.format(question=entry["question"]),
+            folder / PurePosixPath(entry["image"]).name,  # "documents/NAME.png"; the archive of the images names its folder differently
             [str(answer) for answer in entry["answers"]],
         )
         for entry in read_json(locate(data_root, ANNOTATIONS))["data"]
     ]
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """`contains` (the paper's), `exact` and `anls` (the benchmark's own)."""
-    return reading.score(TASK, examples, answers)
+    return ocr_questions.score(TASK, examples, answers)
 
 
 TASK = Task(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
-from llava_region.tasks.task import PHRASE_INSTRUCTION, Example, File, Task, locate, percent
+from llava_region.tasks.task import PHRASE_INSTRUCTION, Example, File, Result, Task, locate, percent
 
 ANNOTATIONS = "gqa/testdev_balanced_questions.json or gqa/data/testdev_balanced_questions.json"
 IMAGES = "gqa/images/ or gqa/data/images/"
@@ -41,14 +41,14 @@ def examples(data_root: str | Path) -> list[Example]:
 
 
 def correct(prediction: str, answer: str) -> bool:
-    """Equality after LLaVA's conversion: final full stops off, lower case."""
+    """Whether they are equal after LLaVA's conversion: without full stops at the end, in lower case."""
     return prediction.strip().rstrip(".").lower() == answer
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
-    """Accuracy (the paper's), over binary and open questions, and by structural type."""
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
+    """Accuracy over all questions (the paper's), over binary and over open ones, and by structural type."""
     texts, missing = answers_file.texts(TASK, examples, answers)
-    hits = defaultdict(list)
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
     for text, example in zip(texts, examples, strict=True):
         hits[example.reference.structural].append(correct(text, example.reference.answer))
     accuracy = percent([hit for of_type in hits.values() for hit in of_type])

@@ -1,8 +1,9 @@
 """MMBench, English dev: questions with up to four options under CircularEval (Liu et al., 2023b; paper, section 3.2.2).
 
 The official TSV holds every question once for each rotation of its options: row `index`, `index + 1000000`, and so on, each
-with the options one place further down than the last. A file of base rows alone gets its rotations here, numbered the same
-way; the official ones keep the last option of some questions in its place ("All above are not right"), so take that file.
+with the options one place further down than in the row before. For a file that has only base rows the rotations are generated
+here, numbered in the same way. The official rotations leave the last option of some questions in its place ("All above are not
+right"), so use the official file.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import csv
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from llava_region.errors import LlavaRegionError
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.choices import LETTERS, letter_or_text, lettered
-from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Task, locate, percent
+from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Result, Row, Task, locate, percent
 
 QUESTIONS = "mmbench/mmbench_dev_20230712.tsv or mmbench/MMBench_DEV_EN_legacy.tsv or mmbench/MMBench_DEV_EN.tsv"
 SOURCE = "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv"
 ROTATION = 1_000_000
 OPTIONS = "ABCD"
-LONGEST_IMAGE_INDEX = 64  # characters; some releases give a rotation's image as the index of the row that holds it
+LONGEST_IMAGE_INDEX = 64  # characters; in some releases a rotation's image is the index of the row that has it
 
 
 class Reference(NamedTuple):
@@ -47,7 +48,7 @@ def examples(data_root: str | Path) -> list[Example]:
     images = {row["index"]: row["image"] for row in rows}
     decoded: dict[str, bytes] = {}
     rotated = any(int(row["index"]) >= ROTATION for row in rows)
-    found = []
+    found: list[Example] = []
     for row in rows:
         text = images.get(row["image"], row["image"]) if len(row["image"]) <= LONGEST_IMAGE_INDEX else row["image"]
         if text not in decoded:
@@ -57,7 +58,8 @@ def examples(data_root: str | Path) -> list[Example]:
     return found
 
 
-def _rows(path: Path) -> list[dict]:
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of the TSV by column name."""
     limit = csv.field_size_limit(1 << 30)  # an image in base64 is longer than csv's default of 131,072 characters
     try:
         with path.open(encoding="utf-8", newline="") as f:
@@ -73,24 +75,30 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _decode(text: str) -> bytes:
-    """The image's bytes; what is not base64 stays as it is, to be counted as a corrupt image when it is opened."""
+    """The image's bytes; text that is not base64 is kept, and counted as a corrupt image when it is opened."""
     try:
         return base64.b64decode(text)
     except (binascii.Error, ValueError):
         return text.encode()
 
 
-def _given(value: str | None) -> bool:
+def _given(value: str | None) -> TypeGuard[str]:
+    """Whether a cell has content; some releases write "nan" or "none" into empty ones."""
     return value is not None and value.strip().lower() not in ("", "nan", "none")
 
 
-def _options(row: dict) -> list[str]:
+def _options(row: dict[str, str]) -> list[str]:
     """The options up to the first that is empty."""
-    values = [row.get(letter) for letter in OPTIONS]
-    return values[: next((i for i, value in enumerate(values) if not _given(value)), len(values))]
+    options: list[str] = []
+    for letter in OPTIONS:
+        option = row.get(letter)
+        if not _given(option):
+            break
+        options.append(option)
+    return options
 
 
-def _example(row: dict, options: list[str], image: bytes, shift: int) -> Example:
+def _example(row: dict[str, str], options: list[str], image: bytes, shift: int) -> Example:
     """The row with its options moved down by `shift` places, the last ones to the top."""
     index = int(row["index"]) + shift * ROTATION
     shown = options[len(options) - shift :] + options[: len(options) - shift]
@@ -102,8 +110,8 @@ def _example(row: dict, options: list[str], image: bytes, shift: int) -> Example
     return Example(index, prompt, image, Reference(index % ROTATION, index // ROTATION, shown, answer, row.get("category") or ""))
 
 
-def key(row: dict) -> str:
-    """The row's index; LLaVA's `--all-rounds` writes rotations, the other way round, under one id with a `round_id`."""
+def key(row: Row) -> str:
+    """The row's index. LLaVA's `--all-rounds` writes all rotations, in the opposite direction, under one id with a `round_id`."""
     question_id, round_id = str(row["question_id"]), row.get("round_id", 0)
     if round_id and question_id.isdigit():
         rotation, base = divmod(int(question_id), ROTATION)
@@ -112,20 +120,22 @@ def key(row: dict) -> str:
 
 
 def correct(prediction: str, reference: Reference) -> bool:
-    """Whether the answer's first standalone letter, or the one option it spells out, is the right one."""
+    """Whether the answer's first standalone letter, or the one option that it spells out, is the right one."""
     return letter_or_text(prediction, reference.options) == reference.answer
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
-    """CircularEval (the paper's): a question counts if every rotation is right; also plain accuracy over the base rows.
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
+    """CircularEval (the paper's): a question is right if every rotation is; also plain accuracy over the base rows.
 
-    Where base rows are answered and no rotation is, as in a run over the base rows alone, CircularEval cannot be known:
-    "circular" is None, "score" is the plain accuracy and "metric" says so, and the rotations count in "missing", which is
-    of rows ("rows" in all) while "n" is of questions.
+    If base rows are answered but no rotation is, as in a run over the base rows alone, CircularEval cannot be known: "circular"
+    is None, "score" is the plain accuracy, "metric" is "accuracy", and the rotations count as "missing". "missing" and "rows"
+    count rows; "n" counts questions.
     """
     texts, missing = answers_file.texts(TASK, examples, answers)
     hits = [correct(text, example.reference) for text, example in zip(texts, examples, strict=True)]
-    questions, category_of, categories = defaultdict(list), {}, defaultdict(list)
+    category_of: dict[int, str] = {}
+    questions: defaultdict[int, list[bool]] = defaultdict(list)
+    categories: defaultdict[str, list[bool]] = defaultdict(list)
     for hit, example in zip(hits, examples, strict=True):
         questions[example.reference.base].append(hit)
         category_of.setdefault(example.reference.base, example.reference.category)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llava_region.errors import LlavaRegionError
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.choices import first_letter, lettered
-from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Task, locate, percent
+from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Result, Task, locate, percent
 
 SHOTS = 5
 COLUMNS = 6  # question, four options, letter
@@ -46,12 +46,12 @@ class Reference(NamedTuple):
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """The 14,042 questions, subjects in alphabetical order; a question's id is `SUBJECT/N`, N its row from 0.
+    """The 14,042 questions, subjects in alphabetical order; a question's id is `SUBJECT/N`, where N counts the file's rows from 0.
 
     Raises:
-        LlavaRegionError: a file cannot be read, or has a row of other than six columns or too few rows.
+        LlavaRegionError: a file cannot be read, has a row that does not have six columns, or has too few rows.
     """
-    found = []
+    found: list[Example] = []
     for subject in sorted(CATEGORY_OF):
         shots = _rows(locate(data_root, DEV.replace("{part}", subject)), SHOTS)[:SHOTS]
         header = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
@@ -63,16 +63,18 @@ def examples(data_root: str | Path) -> list[Example]:
 
 
 def shorten(prompt: str) -> str | None:
-    """The prompt without its first shot, as the official evaluation drops shots where a prompt is too long; None if it has none."""
+    """The prompt without its first shot, as the official evaluation drops shots from a prompt that is too long; None if it has none."""
     shorter = FIRST_SHOT.sub(r"\1", prompt, count=1)
     return None if shorter == prompt else shorter
 
 
 def _question(row: list[str]) -> str:
+    """The question and its lettered options."""
     return f"{row[0]}\n{lettered(row[1:-1])}"
 
 
 def _rows(path: Path, least: int) -> list[list[str]]:
+    """The file's rows, at least `least`: question, four options, letter."""
     try:
         with path.open(encoding="utf-8", newline="") as f:
             rows = list(csv.reader(f))
@@ -90,10 +92,11 @@ def correct(prediction: str, answer: str) -> bool:
     return first_letter(prediction, 4) == answer
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """Accuracy over all questions (the paper's), the mean over subjects, and accuracy by category and by subject."""
     texts, missing = answers_file.texts(TASK, examples, answers)
-    subjects, categories = defaultdict(list), defaultdict(list)
+    subjects: defaultdict[str, list[bool]] = defaultdict(list)
+    categories: defaultdict[str, list[bool]] = defaultdict(list)
     for text, example in zip(texts, examples, strict=True):
         hit = correct(text, example.reference.answer)
         subjects[example.reference.subject].append(hit)

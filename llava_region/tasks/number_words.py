@@ -16,12 +16,13 @@ NUMBER = re.compile(rf"\b(?:({DIGIT}|a) hundred(?:(?: and)? ({BELOW_100}))?|({BE
 def to_digits(text: str) -> str:
     """Lower-case `text` with its number words as digits: "Twenty-one dogs" is "21 dogs", "two hundred and five" is "205".
 
-    Words that only contain a number word ("someone", "stone") stay.
+    Words that only contain a number word ("someone", "stone") stay as they are.
     """
     return NUMBER.sub(_value, text.lower())
 
 
-def _value(match: re.Match) -> str:
+def _value(match: re.Match[str]) -> str:
+    """The digits of one number in words."""
     hundreds, rest, alone = match.groups()
     value = sum(VALUES[word] for word in re.split(r"[\s-]", alone or rest or "") if word)
     return str(value + 100 * VALUES.get(hundreds, 1) if hundreds else value)

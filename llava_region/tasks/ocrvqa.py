@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from llava_region.files import read_json
-from llava_region.tasks import reading
-from llava_region.tasks.task import Example, File, Task, locate
+from llava_region.tasks import ocr_questions
+from llava_region.tasks.task import Example, File, Result, Task, locate
 
 ANNOTATIONS = "ocrvqa/dataset.json"
 IMAGES = "ocrvqa/images/"
@@ -15,9 +15,9 @@ TEST = 3  # the "split" of dataset.json: 1 train, 2 validation, 3 test
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """Test questions in the file's order; the reference is a list of the one right answer.
+    """Test questions in the file's order; the reference is a list that holds the one right answer.
 
-    The official file numbers books, not questions: a question's id is `BOOK_N`, N its place among the book's, from 0.
+    The official file numbers books, not questions: a question's id is `BOOK_N`, where N counts the book's questions from 0.
 
     Raises:
         LlavaRegionError: the annotation file cannot be read.
@@ -30,19 +30,19 @@ def examples(data_root: str | Path) -> list[Example]:
             continue
         image = folder / _image_name(book, entry["imageURL"], present)
         for n, (question, answer) in enumerate(zip(entry["questions"], entry["answers"], strict=True)):
-            found.append(Example(f"{book}_{n}", reading.PROMPT.format(question=question), image, [str(answer)]))
+            found.append(Example(f"{book}_{n}", ocr_questions.PROMPT.format(question=question), image, [str(answer)]))
     return found
 
 
 def _image_name(book: str, url: str, present: set[str]) -> str:
-    """The official loader keeps the address's suffix; LLaVA's copy of the images is all `.jpg`."""
+    """The official loader keeps the suffix of the URL; in LLaVA's copy all images are `.jpg`."""
     kept = book + PurePosixPath(url).suffix
     return kept if kept in present else f"{book}.jpg"
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """`contains` (the paper's), `exact` and `anls`."""
-    return reading.score(TASK, examples, answers)
+    return ocr_questions.score(TASK, examples, answers)
 
 
 TASK = Task(

@@ -1,4 +1,4 @@
-"""RefCOCOg, test (umd split): the box of what a sentence describes (Yu et al., 2016; paper, section 3.2.1)."""
+"""RefCOCOg, test (umd split): the bounding box of what a sentence describes (Yu et al., 2016; paper, section 3.2.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from llava_region.tasks import answers as answers_file
-from llava_region.tasks.task import Example, File, Task, locate, percent, read_jsonl
+from llava_region.tasks.task import Example, File, Result, Task, locate, percent, read_jsonl
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {sent}"
 ANNOTATIONS = "refcocog/refcocog_test.jsonl"
@@ -20,7 +20,7 @@ Box = tuple[float, float, float, float]
 
 
 def padded_box(box: list[float], width: int, height: int) -> Box:
-    """A box in pixels (x1, y1, x2, y2) as shares of the side of the square that the image is padded to, the image centred."""
+    """A box in pixels (x1, y1, x2, y2) as fractions of the side of the square that the image, centred, is padded to."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     x1, y1, x2, y2 = box
@@ -46,7 +46,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """One example a line; its id is the line's number from 0 (the file has none), its reference the box in the padded square.
+    """One example per line. Its id is the line's number from 0, as the file has no ids; its reference is the box in the padded square.
 
     Raises:
         LlavaRegionError: the annotation file cannot be read.
@@ -63,8 +63,8 @@ def examples(data_root: str | Path) -> list[Example]:
     ]
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
-    """Mean IoU (the paper's), the share of boxes with IoU of at least 0.5, and the number of answers that hold no box."""
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
+    """Mean IoU (the paper's), the share of boxes with IoU of at least 0.5, and the number of answers without a box ("unparsed")."""
     texts, missing = answers_file.texts(TASK, examples, answers)
     boxes = [parse_box(text) for text in texts]
     overlaps = [0.0 if box is None else iou(box, example.reference) for box, example in zip(boxes, examples, strict=True)]

@@ -1,4 +1,4 @@
-"""ScienceQA, test: school questions with options, the paper's figure being over those with an image (Lu et al., 2022)."""
+"""ScienceQA, test: multiple-choice school questions; the paper's figure is over those with an image (Lu et al., 2022)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.choices import LETTERS
-from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Task, locate, percent
+from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Result, Task, locate, percent
 
 PROBLEMS = "scienceqa/problems.json"
 SPLITS = "scienceqa/pid_splits.json"
@@ -33,7 +33,7 @@ class Reference(NamedTuple):
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """The 4,241 test questions, of which 2,017 have an image, in the order of LLaVA's file, whose prompts they carry.
+    """The 4,241 test questions, of which 2,017 have an image, with the prompts and in the order of LLaVA's file.
 
     Raises:
         LlavaRegionError: a file cannot be read, or the prompts lack a test problem.
@@ -47,7 +47,8 @@ def examples(data_root: str | Path) -> list[Example]:
     return [_example(row, problems[row["id"]], folder) for row in rows]
 
 
-def _example(row: dict, problem: dict, folder: Path) -> Example:
+def _example(row: dict[str, Any], problem: dict[str, Any], folder: Path) -> Example:
+    """The question of a row of LLaVA's file and the official problem with the same id."""
     question = row["conversations"][0]["value"].replace("<image>", "").strip()
     image = folder / row["image"] if "image" in row else None
     reference = Reference(problem["answer"], len(problem["choices"]), image is not None, problem["subject"])
@@ -57,7 +58,7 @@ def _example(row: dict, problem: dict, folder: Path) -> Example:
 def parse(text: str) -> str | None:
     """The option letter of an answer: alone, before `. `, or in exactly one "The answer is X."; None for anything else.
 
-    As LLaVA's scorer, which the paper uses, but for the letter inside a word of "The answer is Apple", which is none.
+    As in LLaVA's scorer, which the paper uses, except that the first letter of a word ("The answer is Apple") does not count.
     """
     text = text.strip()
     if text[:1] in tuple(LETTERS_ALLOWED) and (len(text) == 1 or text[1:3] == ". "):
@@ -72,13 +73,14 @@ def correct(prediction: str, reference: Reference) -> bool:
     return letter is not None and letter == LETTERS[: reference.options][reference.answer]
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
-    """Accuracy over the questions with an image (the paper's), by subject over the same, and over all questions.
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
+    """Accuracy over the questions with an image (the paper's), the same by subject, and accuracy over all questions.
 
-    "n" and "missing" count questions with an image. "accuracy_all" is None if no question without image was answered, as in a
-    run over the image questions alone.
+    "n" and "missing" count questions with an image. "accuracy_all" is None if no question without an image was answered, as in
+    a run over the image questions alone.
     """
-    hits, missing, text_answered = defaultdict(list), 0, False
+    hits: defaultdict[tuple[bool, str], list[bool]] = defaultdict(list)
+    missing, text_answered = 0, False
     texts, _ = answers_file.texts(TASK, examples, answers)
     for text, example in zip(texts, examples, strict=True):
         answered = TASK.key_of(example) in answers

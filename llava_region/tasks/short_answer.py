@@ -1,9 +1,8 @@
-"""Reading a short answer out of a text that may explain itself, as BIG-Bench-Hard's scorer has to.
+"""Finding a short answer in a text that may also explain it, for BIG-Bench-Hard's scorer.
 
-What a right answer looks like says how it is read: an option letter, one of a pair of words, a number, brackets, or words.
-Where several candidates are named, an answer that opens with one is taken at that, and otherwise the last one counts, the
-explanation having come first; of option letters the first counts. If the text says "the answer is ..." or "Answer: ...",
-only what follows is read.
+The right answer decides how the text is read: as an option letter, one of a pair of words, a number, brackets, or words. If
+the text names several candidates, one at its beginning counts; otherwise the last one does, as the explanation came first.
+Of option letters the first counts. If the text says "the answer is ..." or "Answer: ...", only what follows is read.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ OPENING = " \n\t*\"'`$"
 
 
 def matches(prediction: str, target: str, question: str) -> bool:
-    """Whether an answer gives the target of a BIG-Bench-Hard question, alone or beside an explanation.
+    """Whether an answer gives the target of a BIG-Bench-Hard question, alone or with an explanation.
 
     Args:
         target: `(B)`, `Yes`, `invalid`, `-50`, `] >`, or words in their order.
@@ -47,7 +46,7 @@ def matches(prediction: str, target: str, question: str) -> bool:
 
 
 def _option(text: str, question: str) -> str | None:
-    """The letter of an option: spelt out as the whole answer, in brackets, standing alone, or the only one spelt out."""
+    """The letter of an option: one spelt out as the whole answer, a letter in brackets, a letter alone, or the only option spelt out."""
     options = {letter: " ".join(WORD.findall(option.lower())) for letter, option in OPTION.findall(question)}
     words = " ".join(WORD.findall(text.lower()))
     if equal := [letter for letter, option in options.items() if option == words]:
@@ -61,7 +60,7 @@ def _option(text: str, question: str) -> str | None:
 
 
 def _one_of_pair(text: str, pair: tuple[str, str]) -> str | None:
-    """The word of the pair that an answer opens with or, failing that, names last; "not valid" names `invalid`."""
+    """The word of the pair at the beginning of an answer, or else the last one in it; "not valid" means `invalid`."""
     found = list(re.finditer(rf"\b(not\s+(?:\w+\s+)?)?({'|'.join(pair)})\b", text.lower()))
     if not found:
         return None
@@ -71,7 +70,7 @@ def _one_of_pair(text: str, pair: tuple[str, str]) -> str | None:
 
 
 def _number(text: str) -> float | None:
-    """The number that an answer opens with (unless it is worked out, with an `=`) or, failing that, names last."""
+    """The number at the beginning of an answer (unless the answer is a calculation, with an `=`), or else the last one in it."""
     text = to_digits(text.replace("−", "-"))
     found = list(NUMBER.finditer(text))
     if not found:
@@ -81,7 +80,7 @@ def _number(text: str) -> float | None:
 
 
 def _brackets(text: str) -> str | None:
-    """The run of brackets, without spaces, that an answer opens with or, failing that, ends with."""
+    """The sequence of brackets, without spaces, at the beginning of an answer, or else the last one in it."""
     found = list(BRACKETS.finditer(text))
     if not found:
         return None
@@ -90,5 +89,5 @@ def _brackets(text: str) -> str | None:
 
 
 def _has_words(text: str, target: str) -> bool:
-    """Whether the target's words stand in the answer one after another, whatever marks are between them."""
+    """Whether the target's words follow one another in the answer, whatever punctuation is between them."""
     return f" {' '.join(WORD.findall(target.lower()))} " in f" {' '.join(WORD.findall(text.lower()))} "

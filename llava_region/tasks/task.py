@@ -1,9 +1,9 @@
-"""What a benchmark is to the rest of the package: files, examples, and a scorer."""
+"""What a benchmark consists of: files, examples and a scorer; and the helpers that the tasks share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,16 @@ from llava_region.errors import LlavaRegionError
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 PHRASE_INSTRUCTION = "Answer the question using a single word or phrase."
 
+Row = dict[str, Any]  # one line of an answers file: "question_id", "text", most often "prompt", and whatever else its writer added
+Result = dict[str, Any]  # "metric", "score", "n", "missing", and the task's own figures; see `Task.score`
+
 
 class File(NamedTuple):
-    """A file a task needs.
+    """A file that a task needs.
 
     Attributes:
-        path: relative to the data root; several that do equally are joined by " or ", the last character `/` marks an image
-            folder (read only to generate answers), and `{part}` stands for each of the task's `parts`.
+        path: relative to the data root. Alternatives are joined by " or "; a `/` at the end marks an image folder (read only to
+            generate answers); `{part}` is replaced by each of the task's `parts`.
         source: where the official file is downloaded from.
     """
 
@@ -28,6 +31,7 @@ class File(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
+        """Whether it is an image folder."""
         return self.path.endswith("/")
 
 
@@ -38,8 +42,8 @@ class Example:
     Attributes:
         question_id: as in the official file.
         prompt: the text after `<image>\\n`, without the chat template.
-        image: file (it may be missing), the encoded bytes (they may be broken), or None for a question without image.
-        reference: what the task's scorer compares an answer with.
+        image: a file (it may be missing), encoded bytes (they may be corrupt), or None for a question without an image.
+        reference: what the task's scorer compares an answer with; its type is the task's own.
         aliases: other keys under which an answers file may hold this question.
     """
 
@@ -49,13 +53,13 @@ class Example:
     reference: Any = None
     aliases: tuple[Hashable, ...] = ()
 
-    def row(self, text: str) -> dict:
+    def row(self, text: str) -> Row:
         """The row of an answers file in LLaVA's form."""
         return {"question_id": self.question_id, "prompt": self.prompt, "text": text}
 
 
-def id_key(row: dict) -> Hashable:
-    """Key of an answers file's row: its `question_id`, number or string alike."""
+def id_key(row: Row) -> Hashable:
+    """The key of an answers file's row: its `question_id` as a string, so that 7 and "7" are the same question."""
     return str(row["question_id"])
 
 
@@ -67,15 +71,17 @@ class Task:
         name: as after `--task`; also the name of its folder under the data root.
         title: as in the paper's tables.
         split: the part of the data set that is evaluated.
-        max_new_tokens: of greedy decoding.
-        files: what the data root has to hold.
+        max_new_tokens: the most tokens that greedy decoding may generate.
+        files: what the data root must hold.
         visual: whether its questions have images.
         read: (data root) -> list[Example]; called through `examples`.
         score: (examples, {key: answer}) -> {"metric", "score", "n", "missing", ...}; "score" is the paper's metric in
-            percent, "n" the questions it is over, "missing" those without an answer, which count as wrong.
+            percent, "n" the number of questions that it is the mean of, "missing" the number of those without an answer, which
+            count as wrong.
         key: (row of an answers file) -> key of its question.
-        parts: what `{part}` in the files' paths stands for.
-        shorten: (prompt) -> the prompt with one shot less, or None where it has none left; None for a task without shots.
+        parts: the values of `{part}` in the files' paths.
+        shorten: (prompt) -> the prompt with one example answer (shot) fewer, or None if it has none left; None for a task
+            without shots.
     """
 
     name: str
@@ -85,8 +91,8 @@ class Task:
     files: tuple[File, ...]
     visual: bool
     read: Callable[[str | Path], list[Example]]
-    score: Callable[[list[Example], dict[Hashable, str]], dict]
-    key: Callable[[dict], Hashable] = id_key
+    score: Callable[[list[Example], dict[Hashable, str]], Result]
+    key: Callable[[Row], Hashable] = id_key
     parts: tuple[str, ...] = ()
     shorten: Callable[[str], str | None] | None = None
 
@@ -98,7 +104,7 @@ class Task:
         """The task's questions; needs the annotation files, not the images.
 
         Raises:
-            LlavaRegionError: a file is missing, cannot be read, is not in the official format, or holds no question.
+            LlavaRegionError: a file is missing, cannot be read, is not in the official format, or contains no questions.
         """
         if missing := self.missing_files(data_root, images=False):
             raise LlavaRegionError(f"{data_root} lacks {'; '.join(missing)}")
@@ -112,11 +118,11 @@ class Task:
                 f"a file of {self.name} in {data_root} is not in the official format ({type(e).__name__}: {e}); get it from {sources}"
             ) from e
         if not found:
-            raise LlavaRegionError(f"the files of {self.name} in {data_root} hold no question; download them again")
+            raise LlavaRegionError(f"the files of {self.name} in {data_root} contain no questions; download them again")
         return found
 
     def missing_files(self, data_root: str | Path, images: bool = True) -> list[str]:
-        """What the data root lacks, each with its source; without `images`, image folders are not asked for."""
+        """What the data root lacks, each with its source; image folders only with `images`."""
         missing = []
         for file in self.files:
             if file.is_folder and not images:
@@ -131,9 +137,9 @@ class Task:
 
 
 def locate(data_root: str | Path, path: str) -> Path:
-    """Where a task's file is: the first of its alternatives there is, else the first of them.
+    """Where a task's file is: the first of its alternatives that exists, or the first of all if none does.
 
-    The task's own folder may be given as data root: the leading `NAME/` of `path` is then left out where there is no such folder.
+    The data root may be the task's own folder: if it has no folder `NAME`, the leading `NAME/` of `path` is optional.
     """
     root, alternatives = Path(data_root), path.split(" or ")
     if not (root / path.partition("/")[0]).is_dir():
@@ -141,8 +147,8 @@ def locate(data_root: str | Path, path: str) -> Path:
     return next((root / a for a in alternatives if (root / a).exists()), root / alternatives[0])
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """A file of one JSON object a line; blank lines are passed over.
+def read_jsonl(path: Path) -> list[Row]:
+    """A file of one JSON object per line; blank lines are ignored.
 
     Raises:
         LlavaRegionError: it is missing, or a line is not a JSON object; the message gives the line's number.
@@ -158,13 +164,13 @@ def read_jsonl(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except ValueError as e:
-            raise LlavaRegionError(f"{path} line {number} is not JSON ({e}); mend or remove the line") from e
+            raise LlavaRegionError(f"{path} line {number} is not JSON ({e}); fix or remove the line") from e
         if not isinstance(row, dict):
-            raise LlavaRegionError(f"{path} line {number} is not a JSON object; mend or remove the line")
+            raise LlavaRegionError(f"{path} line {number} is not a JSON object; fix or remove the line")
         rows.append(row)
     return rows
 
 
-def percent(values: list[float]) -> float:
-    """Mean of values in [0, 1], in percent; 0 for none."""
+def percent(values: Sequence[float]) -> float:
+    """Mean of values in [0, 1], in percent; 0 if there are none."""
     return 100.0 * sum(values) / len(values) if values else 0.0

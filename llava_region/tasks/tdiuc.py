@@ -11,10 +11,10 @@ from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
 from llava_region.tasks.number_words import to_digits
-from llava_region.tasks.task import Example, File, Task, locate, percent
+from llava_region.tasks.task import Example, File, Result, Task, locate, percent
 
 PROMPT = "{question} Answer the question in one word."
-LEFT_OUT = "absurd"  # questions that the image cannot answer: no part of the paper's figure
+LEFT_OUT = "absurd"  # questions that the image cannot answer: not part of the paper's figure
 QUESTIONS = "tdiuc/OpenEnded_mscoco_val2014_questions.json or tdiuc/Questions/OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "tdiuc/mscoco_val2014_annotations.json or tdiuc/Annotations/mscoco_val2014_annotations.json"
 IMAGES = "tdiuc/val2014/ or tdiuc/Images/val2014/ or coco/val2014/"
@@ -29,7 +29,7 @@ class Reference(NamedTuple):
 
 
 def examples(data_root: str | Path) -> list[Example]:
-    """Questions in the file's order, those of type `absurd` left out.
+    """Questions in the file's order, without those of type `absurd`.
 
     Raises:
         LlavaRegionError: a file cannot be read, or a question has no annotation.
@@ -37,7 +37,7 @@ def examples(data_root: str | Path) -> list[Example]:
     folder = locate(data_root, IMAGES)
     path = locate(data_root, ANNOTATIONS)
     annotations = {entry["question_id"]: entry for entry in read_json(path)["annotations"]}
-    found = []
+    found: list[Example] = []
     for entry in read_json(locate(data_root, QUESTIONS))["questions"]:
         annotation = annotations.get(entry["question_id"])
         if annotation is None:
@@ -50,14 +50,14 @@ def examples(data_root: str | Path) -> list[Example]:
 
 
 def correct(prediction: str, answer: str) -> bool:
-    """Whether they are equal but for case, outer spaces, and numbers being written as words."""
+    """Whether they are equal, ignoring case, outer spaces, and whether numbers are written as words."""
     return to_digits(prediction).strip() == to_digits(answer).strip()
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
-    """Simple accuracy (the paper's), and the arithmetic and harmonic mean of the accuracies per type of question."""
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
+    """Simple accuracy (the paper's), and the arithmetic and the harmonic mean of the accuracies per question type ("mpt")."""
     texts, missing = answers_file.texts(TASK, examples, answers)
-    hits = defaultdict(list)
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
     for text, example in zip(texts, examples, strict=True):
         hits[example.reference.question_type].append(correct(text, example.reference.answer))
     types = {name: percent(hits[name]) for name in sorted(hits)}

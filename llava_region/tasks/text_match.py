@@ -1,4 +1,4 @@
-"""Comparing an answer with reference texts: two-way substring, equality, ANLS."""
+"""Comparing an answer with reference texts: one a part of the other, equality, ANLS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def plain(text: str) -> str:
 def contains(prediction: str, references: list[str]) -> float:
     """1 if the prediction is part of a reference or the other way round: the paper's "margin of error" (section 3.2.1).
 
-    An empty prediction, which is part of everything, is wrong; so is an empty reference passed over.
+    An empty text is part of every text, so an empty prediction is wrong and an empty reference is ignored.
     """
     p = plain(prediction)
     return float(any(p in a or a in p for a in map(plain, references) if a)) if p else 0.0
 
 
 def exact(prediction: str, references: list[str]) -> float:
-    """1 if the prediction equals a reference but for case and spacing."""
+    """1 if the prediction equals a reference, ignoring case and spacing."""
     p = plain(prediction)
     return float(p != "" and p in map(plain, references))
 

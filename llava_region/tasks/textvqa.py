@@ -1,4 +1,4 @@
-"""TextVQA, validation: reading text in photos, ten people's answers a question (Singh et al., 2019; paper, section 3.2.2)."""
+"""TextVQA, validation: reading text in photos, with ten people's answers per question (Singh et al., 2019; paper, section 3.2.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.tasks import answers as answers_file
-from llava_region.tasks.task import Example, File, Task, locate, percent, read_jsonl
+from llava_region.tasks.task import Example, File, Result, Row, Task, locate, percent, read_jsonl
 from llava_region.tasks.vqa_normalise import normalise
 
 ANNOTATIONS = "textvqa/TextVQA_0.5.1_val.json"
@@ -20,7 +20,7 @@ IMAGE_ID_LENGTH = 16  # hexadecimal digits; the annotations' own question ids ar
 
 
 def question_of(prompt: str) -> str:
-    """The question in a prompt, lower case: without the line of OCR tokens and the instruction."""
+    """The question in a prompt, lower case: without the line of OCR tokens and without the instruction."""
     if old := OLD_PROMPT.match(prompt):
         return old[1].strip().lower()
     lines = [line for line in prompt.removeprefix("<image>\n").split("\n") if not line.startswith("Reference OCR token:")]
@@ -29,8 +29,8 @@ def question_of(prompt: str) -> str:
     return "\n".join(lines).strip().lower()
 
 
-def key(row: dict) -> Hashable:
-    """Image id and question, as LLaVA's answers tell questions apart; a row whose id is a number has that as its key."""
+def key(row: Row) -> Hashable:
+    """Image id and question, which together identify a question in LLaVA's answers; of a row whose id is a number, the number."""
     question_id = str(row["question_id"])
     if question_id.isdigit() and len(question_id) < IMAGE_ID_LENGTH:
         return question_id
@@ -43,7 +43,7 @@ def examples(data_root: str | Path) -> list[Example]:
     `question_id` is the image's id, as in LLaVA's file; the annotations' unique number is an alias.
 
     Raises:
-        LlavaRegionError: a file cannot be read, or the two do not hold the same questions.
+        LlavaRegionError: a file cannot be read, or the two files do not have the same questions.
     """
     annotations_path, prompts_path = locate(data_root, ANNOTATIONS), locate(data_root, PROMPTS)
     annotations = {(str(a["image_id"]), a["question"].strip().lower()): a for a in read_json(annotations_path)["data"]}
@@ -63,15 +63,15 @@ def examples(data_root: str | Path) -> list[Example]:
 
 
 def vqa_accuracy(prediction: str, references: list[str]) -> float:
-    """min(1, n/3) averaged over leaving out each of the people in turn, n being how many of the others agree."""
+    """The mean, over leaving out each of the people in turn, of min(1, n/3), n of the remaining people having given this answer."""
     if not prediction.strip():
-        return 0.0  # would equal a person's answer that is nothing but an article
+        return 0.0  # would equal a person's answer that is only an article
     answer = normalise(prediction)
     agree = [normalise(reference) == answer for reference in references]
     return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(agree)
 
 
-def score(examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """The VQA accuracy (the paper's)."""
     texts, missing = answers_file.texts(TASK, examples, answers)
     accuracy = percent([vqa_accuracy(text, example.reference) for text, example in zip(texts, examples, strict=True)])

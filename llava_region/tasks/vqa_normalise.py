@@ -11,7 +11,7 @@ NUMBERS = {word: str(n) for n, word in enumerate(UNITS.split()[:11])} | {"none":
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 LONE_PERIOD = re.compile(r"\.(?!\d)")
 
-# Written with one apostrophe forgotten, each of these is given it back ("dont", "couldnt've", "couldn'tve").
+# If one of these is written without one of its apostrophes ("dont", "couldnt've", "couldn'tve"), the apostrophe is put back.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
@@ -24,6 +24,7 @@ you'll you're you've
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
+    """The ways to write the word with one apostrophe forgotten."""
     return [word[:i] + word[i + 1 :] for i, character in enumerate(word) if character == "'"]
 
 
@@ -31,10 +32,10 @@ REPAIRED = {broken: whole for whole in CONTRACTIONS.split() for broken in _witho
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without punctuation, articles or missing apostrophes, numbers up to ten as digits.
+    """Lower case, without punctuation and articles, with missing apostrophes put back and numbers up to ten as digits.
 
-    A punctuation mark next to a space anywhere in the answer is deleted, else it becomes a space; commas and question marks
-    always go; a full stop stays before a digit.
+    A punctuation mark that is next to a space somewhere in the answer is deleted everywhere; any other becomes a space. Commas and
+    question marks are always deleted; a full stop is kept before a digit.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()

@@ -1,6 +1,6 @@
 """Small data roots in the official formats of the ten benchmarks, for the tests: a few questions each, images made here.
 
-`write_all(root)` fills one root for all of them; `right_answer(name, example)` is an answer that its scorer counts in full.
+`write_all(root)` fills one root for all of them; `right_answer(name, example)` is an answer that its scorer counts as fully right.
 """
 
 import base64
@@ -8,10 +8,11 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from llava_region.tasks import bbh, mmlu
+from llava_region.tasks import Example, bbh, mmlu
 from llava_region.tasks.choices import LETTERS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
@@ -19,32 +20,33 @@ PHRASE = "Answer the question using a single word or phrase."
 
 
 def bbh_source() -> Path:
-    """Folder of the official BIG-Bench-Hard files beside the checkout; it need not exist."""
+    """Folder of the official BIG-Bench-Hard files next to the checkout; it may be absent."""
     return Path(__file__).resolve().parents[2] / "../shared/data/bbh"
 
 
 def gqa_archive() -> Path:
-    """Archive of the official GQA questions beside the checkout; it need not exist."""
+    """Archive of the official GQA questions next to the checkout; it may be absent."""
     return Path(__file__).resolve().parents[2] / "../shared/data/gqa/testdev_balanced_questions.tar.gz"
 
 
-def picture(colour: str, size=(32, 24)) -> Image.Image:
+def picture(colour: str, size: tuple[int, int] = (32, 24)) -> Image.Image:
+    """An image of one colour with a white pixel in the middle; `size` is width and height in pixels."""
     image = Image.new("RGB", size, COLOURS[colour])
     image.putpixel((size[0] // 2, size[1] // 2), (255, 255, 255))
     return image
 
 
-def save_picture(path: Path, colour: str, size=(32, 24)) -> None:
+def save_picture(path: Path, colour: str, size: tuple[int, int] = (32, 24)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(colour, size).save(path)
 
 
-def write_json(path: Path, data) -> None:
+def write_json(path: Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
-def write_jsonl(path: Path, rows: list) -> None:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -85,8 +87,8 @@ def write_refcocog(root: Path) -> None:
         for (name, width, height), sent, box in boxes
     ]
     write_jsonl(root / "refcocog/refcocog_test.jsonl", rows)
-    for (name, *size), colour in ((wide, "red"), (tall, "green")):
-        save_picture(root / "refcocog/train2014" / name, colour, tuple(size))
+    for (name, width, height), colour in ((wide, "red"), (tall, "green")):
+        save_picture(root / "refcocog/train2014" / name, colour, (width, height))
 
 
 def write_tdiuc(root: Path) -> None:
@@ -112,7 +114,7 @@ def write_tdiuc(root: Path) -> None:
 MMBENCH_COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "split")
 
 
-def mmbench_rows() -> list[dict]:
+def mmbench_rows() -> list[dict[str, Any]]:
     """Two base questions: four options and a hint; two options."""
     buffer = io.BytesIO()
     picture("red").save(buffer, "JPEG")
@@ -222,7 +224,7 @@ def write_mmlu(root: Path, questions: int = 1) -> None:
 
 
 def write_bbh(root: Path, questions: int = 1) -> None:
-    """All 27 files with the first few questions of the official ones, or with made-up ones where those are not at hand."""
+    """All 27 files with the first few official questions, or with made-up ones if the official files are absent."""
     made_up = [{"input": f"Which is {n}?\nOptions:\n(A) {n}\n(B) none", "target": "(A)"} for n in range(questions)]
     for name in bbh.TASK.parts:
         source = bbh_source() / f"{name}.json"
@@ -243,8 +245,8 @@ def write_all(root: Path) -> Path:
     return root
 
 
-def right_answer(name: str, example) -> str:
-    """An answer to the example that its task's scorer counts in full."""
+def right_answer(name: str, example: Example) -> str:
+    """An answer to the example that its task's scorer counts as fully right."""
     reference = example.reference
     if name in ("ocrvqa", "docvqa"):
         return reference[0]

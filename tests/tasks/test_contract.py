@@ -1,4 +1,4 @@
-"""What holds for every task: files named, right answers 100 %, no answer 0 %, keys, and refusals."""
+"""What is true of every task: files named, right answers 100 %, no answer 0 %, keys, and refusals."""
 
 import json
 import shutil
@@ -117,10 +117,10 @@ def test_llavas_own_folder_layout_is_found(root, tmp_path):
         ("gqa", "gqa/testdev_balanced_questions.json", '{"1": {"question": "?"}}', "not in the official format .KeyError"),
         ("gqa", "gqa/testdev_balanced_questions.json", "[1, 2]", "not in the official format"),
         ("gqa", "gqa/testdev_balanced_questions.json", '{"1": ', "is not valid JSON"),
-        ("gqa", "gqa/testdev_balanced_questions.json", "{}", "hold no question"),
-        ("refcocog", "refcocog/refcocog_test.jsonl", '{"sent": "a"}\n{"sent"', "line 2 is not JSON"),
+        ("gqa", "gqa/testdev_balanced_questions.json", "{}", "contain no questions"),
+        ("refcocog", "refcocog/refcocog_test.jsonl", '{"sent": "a"}\n{"sent"', "line 2 is not JSON .*; fix or remove the line"),
         ("refcocog", "refcocog/refcocog_test.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("ocrvqa", "ocrvqa/dataset.json", '{"1": {"imageURL": "a.jpg", "split": 1}}', "hold no question"),
+        ("ocrvqa", "ocrvqa/dataset.json", '{"1": {"imageURL": "a.jpg", "split": 1}}', "contain no questions"),
         ("bbh", "bbh/navigate.json", '{"canary": ""}', "not in the official format"),
         ("mmlu", "mmlu/test/virology_test.csv", "question,choice0,choice1,choice2,choice3,answer\n", "row 1 is not a question"),
         ("mmlu", "mmlu/dev/virology_dev.csv", "q,1,2,3,4,A\n", "1 rows, needed: 5"),
@@ -145,13 +145,13 @@ def test_answers_pair(root):
     assert answers.pair(task, examples, rows) == {"49153": "second"}
     assert answers.pair(task, examples, []) == {}
     with pytest.raises(
-        LlavaRegionError, match=r"none of the 1 answers is to a question of docvqa \(first question_id: 7, the task's: 49153\)"
+        LlavaRegionError, match=r"none of the 1 answers belongs to a question of docvqa \(first question_id: 7, the task's: 49153\)"
     ):
         answers.pair(task, examples, rows[2:])
 
 
 def test_answers_of_another_task_are_refused(root):
-    """Whatever ids the other task's answers have, they are no reason to crash."""
+    """Whatever ids the other task's answers have, they do not cause a crash."""
     for name in tasks.NAMES:
         for other in tasks.NAMES:
             if name != other:
@@ -178,7 +178,7 @@ def test_broken_answers_files_are_refused(content, message, tmp_path):
 
 
 def test_answers_may_hold_line_separators(tmp_path):
-    """U+2028 and others end no line of a jsonl file."""
+    """U+2028 and others do not end a line of a jsonl file."""
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "a\u2028b\x85c"}\n\n', encoding="utf-8")
     assert answers.read(tmp_path / "a.jsonl") == [{"question_id": 1, "text": "a\u2028b\x85c"}]
 

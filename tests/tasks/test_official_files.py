@@ -1,4 +1,4 @@
-"""GQA and BIG-Bench-Hard on the full official files, where they lie beside the checkout."""
+"""GQA and BIG-Bench-Hard on the full official files; skipped if these are not next to the checkout."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.helpers import data_roots
 def gqa(tmp_path_factory):
     """(data root, the official file's content)."""
     if not data_roots.gqa_archive().exists():
-        pytest.skip(f"no {data_roots.gqa_archive()}: GQA's official questions are not beside the checkout")
+        pytest.skip(f"no {data_roots.gqa_archive()}: GQA's official questions are not next to the checkout")
     root = tmp_path_factory.mktemp("gqa")
     (root / "gqa").mkdir()
     with tarfile.open(data_roots.gqa_archive()) as archive:
@@ -29,7 +29,7 @@ def gqa(tmp_path_factory):
 def bbh():
     """{task: its items} of the official files."""
     if not data_roots.bbh_source().exists():
-        pytest.skip(f"no {data_roots.bbh_source()}: the official BIG-Bench-Hard files are not beside the checkout")
+        pytest.skip(f"no {data_roots.bbh_source()}: the official BIG-Bench-Hard files are not next to the checkout")
     return {path.stem: json.loads(path.read_text())["examples"] for path in sorted(data_roots.bbh_source().glob("*.json"))}
 
 
@@ -69,9 +69,9 @@ def test_gqa_half_answered(gqa):
 
 def test_bbh_right_answers(bbh):
     assert sum(map(len, bbh.values())) == 6511
-    for beside in ("{}", "{}.", "The answer is {}.", "Let me think. So the answer is: {}"):
+    for wording in ("{}", "{}.", "The answer is {}.", "Let me think. So the answer is: {}"):
         rows = [
-            {"question_id": f"{task}/{n}", "text": beside.format(item["target"])}
+            {"question_id": f"{task}/{n}", "text": wording.format(item["target"])}
             for task, items in bbh.items()
             for n, item in enumerate(items)
         ]

@@ -1,4 +1,4 @@
-"""Reading and comparing answers: hand-computed cases and the traps."""
+"""Reading and comparing answers: hand-computed cases and known difficulties."""
 
 import random
 
@@ -97,7 +97,7 @@ def test_first_letter_of_four(text, letter):
     assert first_letter(text, 4) == letter
 
 
-def test_the_pronoun_is_no_option():
+def test_the_pronoun_is_not_an_option():
     assert first_letter("I think it is C", 10) == "C"
     assert first_letter("I", 10) == "I"
 
@@ -209,7 +209,7 @@ def test_short_answer_brackets_and_words(prediction, target, right):
     assert matches(prediction, target, "Input") is right
 
 
-def test_short_answer_nothing_is_no_option_without_words():
+def test_short_answer_an_empty_text_is_not_an_option_without_words():
     question = "Which face?\nOptions:\n(A) :-)\n(B) :-("
     assert not matches("", "(A)", question)
     assert not matches("", "(A)", "Which face?\nOptions:\n(A) :-)")

@@ -17,7 +17,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def run(name, root, texts):
-    """Score `texts`, one an example in order; None leaves the question unanswered."""
+    """Score `texts`, one per example, in order; None leaves the question unanswered."""
     task = tasks.load(name)
     examples = task.examples(root)
     given = {task.key_of(example): text for example, text in zip(examples, texts, strict=True) if text is not None}
@@ -279,7 +279,7 @@ def test_scienceqa_prompts_of_another_split(tmp_path):
     data_roots.write_scienceqa(tmp_path)
     path = tmp_path / "scienceqa/llava_test_CQM-A.json"
     rows = json.loads(path.read_text())
-    data_roots.write_json(path, [*rows, {**rows[0], "id": "13"}])  # a train problem beside the test problems
+    data_roots.write_json(path, [*rows, {**rows[0], "id": "13"}])  # a train problem among the test problems
     assert [e.question_id for e in tasks.load("scienceqa").examples(tmp_path)] == ["4", "7", "12"]
     data_roots.write_json(path, rows[:2])
     with pytest.raises(LlavaRegionError, match="lacks 1 of the 3 test problems, such as 12"):
@@ -332,7 +332,7 @@ def test_textvqa_question_of(prompt, question):
 
 
 def test_textvqa_image_id_of_digits_only():
-    """16 digits are an image's id that happens to hold no letter; fewer are a question's number."""
+    """16 digits are an image's id that happens to have no letter; fewer are a question's number."""
     row = {"prompt": "What?\nAnswer the question using a single word or phrase."}
     assert textvqa.key({**row, "question_id": "1234567890123456"}) == ("1234567890123456", "what?")
     assert textvqa.key({**row, "question_id": 34602}) == "34602"

@@ -1,17 +1,17 @@
-"""OCRVQA's and DocVQA's common scorer: reading text in an image, one right answer or several."""
+"""What OCRVQA and DocVQA share, whose questions are about text in an image: the prompt and the scorer."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
 from llava_region.tasks import answers as answers_file
-from llava_region.tasks.task import Example, Task, percent
+from llava_region.tasks.task import Example, Result, Task, percent
 from llava_region.tasks.text_match import anls, contains, exact
 
 PROMPT = "Please answer the question in one words.\n{question}"  # sic: the authors' wording, kept to compare with the paper
 
 
-def score(task: Task, examples: list[Example], answers: dict[Hashable, str]) -> dict:
+def score(task: Task, examples: list[Example], answers: dict[Hashable, str]) -> Result:
     """`contains` (the paper's accuracy), `exact` and `anls`, in percent; an example's reference is the list of right answers."""
     texts, missing = answers_file.texts(task, examples, answers)
     metrics = {
