@@ -123,9 +123,9 @@ def region_record(folder: Path, config: Mapping[str, Any] | None = None) -> dict
     """
     if (folder / REGION_FILE).is_file():
         return read_json(folder / REGION_FILE)
-    if config is None:
-        config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    return config.get("visual_region")
+    if config is not None:
+        return config.get("visual_region")
+    return read_json(folder / CONFIG_FILE).get("visual_region") if (folder / CONFIG_FILE).is_file() else None
 
 
 def read_region_json(folder: str | Path) -> dict:

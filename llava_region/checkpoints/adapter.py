@@ -38,7 +38,7 @@ class LoraUpdate:
     scaling: float
     fan_in_fan_out: bool = False
 
-    def shape_for(self, weight: tuple[int, ...]) -> tuple[int, int]:
+    def shape_for(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the update for a weight of shape `weight`: (out, in), or (in, out) where the weight is stored so."""
         shape = (self.b.shape[0], self.a.shape[1])
         # PEFT itself ignores fan_in_fan_out on nn.Linear, hence only where nothing else fits

@@ -59,7 +59,7 @@ class Stored:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.start)
-            _read_into(f, memoryview(buffer.numpy()))
+            _read_into(f, buffer.numpy().data)
         return buffer.view(self.dtype).reshape(self.shape)
 
 
@@ -303,7 +303,7 @@ def _write_entry(entry: Entry, name: str, out: FileIO) -> None:
     tensor = entry.load()
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise LlavaRegionError(f"'{name}' came out as {tensor.dtype} {tuple(tensor.shape)}, planned was {entry.dtype} {entry.shape}")
-    _write_all(out, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    _write_all(out, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _copy_bytes(entry: Stored, out: FileIO) -> None:

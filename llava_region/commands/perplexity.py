@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -38,7 +39,7 @@ def command(
     With --revert-sweep also for each set of decoder layers put back to the backbone's weights (paper, Figure 1, left).
     """
     from llava_region.evaluation.perplexity import sweep
-    from llava_region.evaluation.perplexity_plot import check_plot, draw, layer_text, rises
+    from llava_region.evaluation.perplexity_plot import check_plot, draw
     from llava_region.files import refuse_existing, write_json
 
     if out:
@@ -56,7 +57,13 @@ def command(
         draw(rows, plot)
     if as_json:
         print(json.dumps(result))
-        return
+    else:
+        _show(rows)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from llava_region.evaluation.perplexity_plot import layer_text, rises
+
     print(f"{'data':<32}{'reverted layers':<24}{'perplexity':>12}{'rise':>10}{'tokens':>10}")
     for row, rise in zip(rows, rises(rows), strict=True):
         value = "inf" if row["perplexity"] is None else f"{row['perplexity']:.4f}"

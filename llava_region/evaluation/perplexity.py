@@ -139,6 +139,7 @@ def _score(model: LoadedModel, batch: Embedded) -> tuple[torch.Tensor, torch.Ten
     logits = model.model(
         inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits
+    assert batch.labels is not None
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
     losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)

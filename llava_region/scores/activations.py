@@ -92,11 +92,11 @@ def _hidden_reducer(seen: dict[str, list[Tensor]], mask: Tensor, image: Tensor, 
         tokens, images = mask.to(after.device), image.to(after.device)
         if "block_influence" in metrics or "multimodal_block_influence" in metrics:
             cosines = token_cosines(before, after)
-        if "block_influence" in metrics:
-            seen["block_influence"].append(block_influence(cosines, tokens))
-        if "multimodal_block_influence" in metrics:
-            for quantity, mean in zip(("image_cosine", "text_cosine"), modality_cosines(cosines, tokens, images), strict=True):
-                seen[quantity].append(mean)
+            if "block_influence" in metrics:
+                seen["block_influence"].append(block_influence(cosines, tokens))
+            if "multimodal_block_influence" in metrics:
+                for quantity, mean in zip(("image_cosine", "text_cosine"), modality_cosines(cosines, tokens, images), strict=True):
+                    seen[quantity].append(mean)
         if "angular_distance" in metrics:
             seen["angular_distance"].append(angular_distance(before, after, tokens))
 

@@ -39,8 +39,8 @@ def attention_of(layer: nn.Module) -> nn.Module:
         LlavaRegionError: it makes its queries and keys in another way than the supported ones.
     """
     module = getattr(layer, "self_attn", None) or getattr(layer, "attn", None)
-    known = module is not None and any(all(hasattr(module, name) for name in names) for names in PROJECTIONS)
-    if not known or any(getattr(module, name, None) is not None for name in NORMS):
+    known = any(all(hasattr(module, name) for name in names) for names in PROJECTIONS)
+    if module is None or not known or any(getattr(module, name, None) is not None for name in NORMS):
         raise LlavaRegionError(
             f"image_attention does not know the attention of {type(layer).__name__}; allowed: q_proj and k_proj with rotary "
             "embeddings (Llama, Mistral, Phi, Qwen2, StableLM, MiniCPM), qkv_proj (Phi-3), Wqkv (MPT); leave this metric out"
@@ -72,7 +72,7 @@ def watch_attention(attention: nn.Module, receive: Callable[[AttentionInputs], N
         yield
 
 
-def _inputs(attention: nn.Module, seen: dict[str, Any]) -> AttentionInputs:
+def _inputs(attention: Any, seen: dict[str, Any]) -> AttentionInputs:
     heads = getattr(attention, "num_heads", None) or attention.n_heads
     key_heads = getattr(attention, "num_key_value_heads", None) or heads
     queries, keys = (_split_heads(x, n) for x, n in zip(_projected(attention, seen, heads, key_heads), (heads, key_heads), strict=True))

@@ -100,7 +100,11 @@ def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> di
         activations = _activation_scores(source, base, samples, wanted, out, options, identity, ranks) if wanted else None
         if not ranks.first:
             return None
-        metrics = {**{name: _entry(name, *activations, options) for name in wanted}, **weights}
+        metrics, instances = weights, []
+        if activations:
+            found, dtype = activations
+            metrics = {**{name: _entry(name, found, dtype, options) for name in wanted}, **weights}
+            instances = _instances(found, identity["data"]) if "image_attention" in wanted else []
         result = {
             "num_layers": source.num_layers,
             "model": identity["model"],
@@ -109,7 +113,7 @@ def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> di
             "samples": len(samples),
             "metrics": metrics,
             "correlation": correlation(metrics),
-            "instances": _instances(activations[0], identity["data"]) if "image_attention" in wanted else [],
+            "instances": instances,
             "llava_region_version": __version__,
         }
         atomic.write_json(out, result)

@@ -123,11 +123,11 @@ def _decoder_tensors(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
 
 def _known(tensors: Mapping[str, T], wanted: Mapping[str, int], model: ModelSource, base: ModelSource) -> dict[str, T]:
     """The same under the backbone's names."""
-    names = {name: name_in_backbone(name, wanted) for name in tensors}
-    unknown = [name for name, own in names.items() if own is None]
+    found = {own: tensors[name] for name in tensors if (own := name_in_backbone(name, wanted)) is not None}
+    unknown = [name for name in tensors if name_in_backbone(name, wanted) is None]
     if unknown:
         raise LlavaRegionError(f"{base} lacks {unknown[0]} ({len(unknown)} tensors) that {model} has; give the model's own backbone")
-    return {own: tensors[name] for name, own in names.items()}
+    return found
 
 
 def _check(pair: _Pair, model: ModelSource, base: ModelSource) -> None:

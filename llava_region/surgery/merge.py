@@ -57,7 +57,8 @@ def merge(run: ModelLike, out: str | Path, base: ModelLike | None = None, *, for
     changed = [name for name, entry in model.tensors.items() if isinstance(entry, Computed) and isinstance(entry.load, _Merged)]
     return {
         "out": str(out), "run": str(run), "base": str(base or model.path), "merged": len(changed),
-        "layers": sorted({layer_index(name) for name in changed} - {None}), "copied": len(model.tensors) - len(changed),
+        "layers": sorted({layer for name in changed if (layer := layer_index(name)) is not None}),
+        "copied": len(model.tensors) - len(changed),
         "bytes": size, "remarks": remarks,
     }  # fmt: skip
 

@@ -61,6 +61,7 @@ def prune(
     check_output(out, (source.path, whole.path), force)
     dropped = layers_to_drop(whole, drop=drop, scores=scores, layers=layers, protect=protect)
     pruned = without_layers(whole, dropped)
+    assert pruned.region is not None
     with output_folder(out, force) as folder:
         size = write_model(pruned, folder, "pruning")
         if check:
@@ -82,15 +83,15 @@ def layers_to_drop(
         LlavaRegionError: the arguments contradict each other or do not fit the model.
     """
     count = model.num_layers
-    if (drop is None) == (layers is None):
-        raise LlavaRegionError("say what to drop: --drop K with --scores FILE, or --layers SPEC")
-    if layers is not None:
+    if layers is not None and drop is None:
         if scores is not None or protect is not None:
             raise LlavaRegionError("--layers drops exactly those, so it goes without --scores and --protect")
         chosen = _indices(layers, count)
         if len(chosen) == count:
             raise LlavaRegionError(f"all {count} decoder layers would be dropped; keep at least one")
         return chosen
+    if drop is None or layers is not None:
+        raise LlavaRegionError("say what to drop: --drop K with --scores FILE, or --layers SPEC")
     if scores is None:
         raise LlavaRegionError("--drop needs --scores FILE; write one with 'llava-region score', or name layers with --layers")
     kept = _protected(model, protect)
@@ -150,10 +151,10 @@ def _pruned_config(config: dict[str, Any], kept: list[int], num_layers: int) -> 
     for key, value in config.items():
         if key in LAYER_COUNT_KEYS:
             config[key] = len(kept)
-        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
-            config[key] = [value[i] for i in kept]
         elif key == "max_window_layers":  # Qwen2: where sliding windows begin or end
             config[key] = sum(i < value for i in kept)
+        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
+            config[key] = [value[i] for i in kept]
         elif key == "reverted_layers":
             config[key] = _renumbered(value, kept)
     return config
