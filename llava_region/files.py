@@ -52,18 +52,37 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        LlavaRegionError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise LlavaRegionError(f"cannot read {path}: {e.strerror}") from e
+
+
+def parse_json(data: bytes, path: str | Path) -> Any:
+    """JSON that was read from `path`.
+
+    Raises:
+        LlavaRegionError: it is not JSON.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except ValueError as e:
+        raise LlavaRegionError(f"{path} is not valid JSON: {e}") from e
+
+
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file: most often a dict, for training data a list.
+    """Read and parse a JSON file.
 
     Raises:
         LlavaRegionError: it cannot be read or is not JSON.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise LlavaRegionError(f"{path} is not valid JSON: {e}") from e
+    return parse_json(read_bytes(path), path)
 
 
 def _umask() -> int:

@@ -1,8 +1,8 @@
 """The visual region: which decoder layers of the language model are tuned.
 
 A region is written as a short spec (`sparse:25%`, `0,4,8-11`, `scores.json:block_influence:8`), parsed
-against the number of decoder layers of a model, and stored beside every model that was made with it as
-`region.json`, which the later commands read. Paper: sections 4.1 and 4.2.
+against the number of decoder layers of a model, and stored in the folder of every model that was made
+with it as `region.json`, which the later commands read. Paper: sections 4.1 and 4.2.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
@@ -41,7 +42,7 @@ class Region:
     spec: str
     scores: dict | None = field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.layers:
             raise LlavaRegionError(f"the region '{self.spec}' holds no layer; allowed: at least one of 0 to {self.num_layers - 1}")
         if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0 or self.layers[-1] >= self.num_layers:
@@ -81,7 +82,7 @@ class Region:
         return cls(_explicit(text, num_layers), num_layers, text)
 
     def to_dict(self) -> dict:
-        """The region as it stands in `region.json`: `layers`, `num_layers`, `spec`, and `scores` if taken from scores."""
+        """The region as `region.json` holds it: `layers`, `num_layers`, `spec`, and `scores` if taken from scores."""
         out = {"layers": list(self.layers), "num_layers": self.num_layers, "spec": self.spec}
         if self.scores:
             out["scores"] = dict(self.scores)
@@ -110,8 +111,21 @@ class Region:
         return cls.from_dict(read_region_json(folder))
 
     def map_line(self) -> str:
-        """One character a decoder layer, `#` tuned and `.` frozen, for people to look at."""
+        """One character per decoder layer, `#` tuned and `.` frozen, for people to look at."""
         return "".join("#" if i in self.layers else "." for i in range(self.num_layers))
+
+
+def region_record(folder: Path, config: Mapping[str, Any] | None = None) -> dict | None:
+    """Everything that `region.json` of a folder says, else `visual_region` of its `config.json`; None where neither is there.
+
+    Args:
+        config: the content of that `config.json`, where it was read already.
+    """
+    if (folder / REGION_FILE).is_file():
+        return read_json(folder / REGION_FILE)
+    if config is not None:
+        return config.get("visual_region")
+    return read_json(folder / CONFIG_FILE).get("visual_region") if (folder / CONFIG_FILE).is_file() else None
 
 
 def read_region_json(folder: str | Path) -> dict:
@@ -120,31 +134,12 @@ def read_region_json(folder: str | Path) -> dict:
     Raises:
         LlavaRegionError: the folder holds neither `region.json` nor a `config.json` with `visual_region`.
     """
-    folder = Path(folder)
-    for name, key in ((REGION_FILE, None), (CONFIG_FILE, "visual_region")):
-        if (folder / name).is_file():
-            data = read_json(folder / name)
-            data = data.get(key) if key else data
-            if data is not None:
-                return data
-    raise LlavaRegionError(
-        f"{folder} holds no {REGION_FILE} and no 'visual_region' in config.json; give the output folder of a run with --tune_layers"
-    )
-
-
-def num_layers_of(model: str | Path) -> int:
-    """Number of decoder layers that the `config.json` of a model folder names (`num_hidden_layers`; MPT: `n_layers`).
-
-    Raises:
-        LlavaRegionError: no such folder, no `config.json`, or no layer count in it.
-    """
-    from llava_region.checkpoints.source import num_layers_in
-
-    path = Path(model)
-    path = path if path.is_file() else path / CONFIG_FILE
-    if not path.is_file():
-        raise LlavaRegionError(f"{model} holds no config.json; give the folder of a model")
-    return num_layers_in(read_json(path), str(path))
+    record = region_record(Path(folder))
+    if record is None:
+        raise LlavaRegionError(
+            f"{folder} holds no {REGION_FILE} and no 'visual_region' in {CONFIG_FILE}; give the output folder of a run with --tune_layers"
+        )
+    return record
 
 
 def layer_ranges(layers: Iterable[int]) -> str:
@@ -166,7 +161,7 @@ def parse_count(text: str, num_layers: int, spec: str) -> int:
     """
     match = re.fullmatch(r"\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)\s*", text, re.ASCII)
     if not match:
-        raise LlavaRegionError(f"'{text}' in '{spec}' is no layer count; allowed: 1 to {num_layers}, or a percentage such as 25%")
+        raise LlavaRegionError(f"'{text}' in '{spec}' is not a layer count; allowed: 1 to {num_layers}, or a percentage such as 25%")
     if match[1]:
         count = int(match[1])
     else:
@@ -184,7 +179,7 @@ def _explicit(text: str, num_layers: int) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part, re.ASCII)
         if not match:
-            raise LlavaRegionError(f"'{part}' in the layer spec '{text}' is no layer or range; allowed: {ALLOWED}")
+            raise LlavaRegionError(f"'{part}' in the layer spec '{text}' is not a layer or a range; allowed: {ALLOWED}")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise LlavaRegionError(f"the range '{part.strip()}' in '{text}' runs backwards; write it as {last}-{first}")
@@ -214,7 +209,7 @@ def _sparse(count: int, num_layers: int, spec: str) -> list[int]:
     return sparse_layers(count, num_layers)
 
 
-def _block(start):
+def _block(start: Callable[[int, int], int]) -> Callable[[int, int, str], range]:
     def layers(count: int, num_layers: int, spec: str) -> range:
         first = start(count, num_layers)
         if first + count > num_layers:
@@ -240,7 +235,7 @@ _NAMED = {
 }
 
 
-def _from_scores(cls, spec: str, num_layers: int) -> Region:
+def _from_scores(cls: type[Region], spec: str, num_layers: int) -> Region:
     """`FILE.json:METRIC:K[:spread]`: the K layers that a file of `llava-region score` ranks highest; ties to the lower index."""
     parts = spec.split(":")
     spread = parts[-1].strip() == "spread"
@@ -261,7 +256,7 @@ def _from_scores(cls, spec: str, num_layers: int) -> Region:
 
 
 def read_scores(path: str | Path, metric: str, num_layers: int | None = None) -> list[float]:
-    """Scores a layer, shape (num_layers,), of one metric in a file written by `llava-region score`.
+    """Scores per layer, shape (num_layers,), of one metric in a file written by `llava-region score`.
 
     Raises:
         LlavaRegionError: the file is malformed, lacks the metric, or was made for another number of layers.
@@ -269,7 +264,7 @@ def read_scores(path: str | Path, metric: str, num_layers: int | None = None) ->
     data = read_json(Path(path))
     metrics = data.get("metrics") if isinstance(data, dict) else None
     if not isinstance(metrics, dict):
-        raise LlavaRegionError(f"{path} is no scores file: it has no 'metrics'; write one with 'llava-region score'")
+        raise LlavaRegionError(f"{path} is not a scores file: it has no 'metrics'; write one with 'llava-region score'")
     if metric not in metrics:
         raise LlavaRegionError(f"{path} has no metric '{metric}'; allowed: {', '.join(sorted(metrics)) or 'none'}")
     values = metrics[metric].get("scores") if isinstance(metrics[metric], dict) else None

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_region import LlavaRegionError, Region
-from llava_region.region import layer_ranges, num_layers_of
+from llava_region.region import layer_ranges
 
 PAPER = [  # section 4.1 and footnote 2 of section 4.2
     ("sparse:8", 32, [0, 4, 8, 12, 18, 22, 26, 30]),
@@ -88,7 +88,7 @@ def test_scores_spread_takes_the_best_of_each_block(tmp_path):
         ("bi:2", [1.0] * 7 + [float("nan")], "finite"),
         ("bi:9", [1.0] * 8, "allowed: 1 to 8"),
         ("bi", [1.0] * 8, "incomplete"),
-        ("bi:2:spred", [1.0] * 8, "'spred' in .* is no layer count"),
+        ("bi:2:spred", [1.0] * 8, "'spred' in .* is not a layer count"),
     ],
 )
 def test_bad_scores(tmp_path, spec, values, message):
@@ -101,18 +101,6 @@ def test_layers_as_text():
     assert layer_ranges([]) == "none" and layer_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     for spec, num_layers, layers in PAPER:
         assert list(Region.parse(layer_ranges(layers), num_layers).layers) == layers, spec
-
-
-def test_layer_counts_of_configs(tmp_path):
-    for config, count in (({"num_hidden_layers": 5}, 5), ({"n_layers": 7}, 7), ({"text_config": {"num_hidden_layers": 9}}, 9)):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert num_layers_of(tmp_path) == count
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(LlavaRegionError, match="names no 'num_hidden_layers'"):
-        num_layers_of(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(LlavaRegionError, match="not valid JSON"):
-        num_layers_of(tmp_path)
 
 
 def test_region_of_a_folder(tmp_path):

@@ -1,4 +1,8 @@
-"""Read a LoRA adapter as PEFT writes it: which module gets which update, and what else was trained."""
+"""Read a LoRA run as PEFT and the upstreams write it: which module gets which update, and what else was trained.
+
+`open_adapter` gives the adapter's tensors as they are stored, `read_adapter` what they mean, `trained_besides` and
+`trained_whole` what was trained without LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
+from llava_region.run_files import ADAPTER_CONFIG_FILE, ADAPTER_FILES
 
 # Options of PEFT that change the merged weight in ways that LLaVA and Bunny cannot produce.
 REFUSED = {
@@ -33,7 +38,7 @@ class LoraUpdate:
     scaling: float
     fan_in_fan_out: bool = False
 
-    def shape_for(self, weight: tuple[int, ...]) -> tuple[int, int]:
+    def shape_for(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the update for a weight of shape `weight`: (out, in), or (in, out) where the weight is stored so."""
         shape = (self.b.shape[0], self.a.shape[1])
         # PEFT itself ignores fan_in_fan_out on nn.Linear, hence only where nothing else fits
@@ -59,34 +64,70 @@ class Adapter:
     tensors: dict[str, Entry]
 
 
-def read_adapter(folder: Path) -> Adapter:
+def adapter_file(folder: Path) -> Path | None:
+    """The file with a run's adapter, or None where there is none."""
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+
+
+def open_adapter(folder: Path) -> Checkpoint:
+    """The tensors of a run's adapter under the names that PEFT stored them with; none is loaded.
+
+    Raises:
+        LlavaRegionError: there is no adapter, or a damaged one.
+    """
+    file = adapter_file(folder)
+    if file is None:
+        raise LlavaRegionError(f"{folder} holds no {ADAPTER_FILES[0]}; copy the whole run")
+    return Checkpoint(file)
+
+
+def read_adapter(run: ModelLike) -> Adapter:
     """Read `adapter_config.json` and the adapter's weights of a LoRA run; no tensor is loaded.
 
     Raises:
         LlavaRegionError: no LoRA adapter, a damaged one, or one of a kind that cannot be merged exactly.
     """
-    config = read_json(folder / "adapter_config.json")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise LlavaRegionError(f"{folder}/adapter_config.json is not of a LoRA adapter; allowed: peft_type LORA")
+    source = ModelSource.of(run)
+    config, folder = source.adapter_config, source.path
+    if config.get("peft_type") != "LORA":
+        raise LlavaRegionError(f"{folder}/{ADAPTER_CONFIG_FILE} is not of a LoRA adapter; allowed: peft_type LORA")
     for key, reason in REFUSED.items():
         if config.get(key):
-            raise LlavaRegionError(f"the adapter in {folder} cannot be merged: {reason} ('{key}' in adapter_config.json)")
-    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
-    if not files:
-        raise LlavaRegionError(f"{folder} holds no adapter_model.safetensors; copy the whole run")
+            raise LlavaRegionError(f"the adapter in {folder} cannot be merged: {reason} ('{key}' in {ADAPTER_CONFIG_FILE})")
+    stored = open_adapter(folder)
     halves: dict[str, dict[str, Entry]] = {}
     tensors = {}
-    for name, entry in Checkpoint(files[0]).items():
+    for name, entry in stored.items():
         match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", bare_name(name))
         if match:
             halves.setdefault(match[1], {})[match[2]] = entry
         elif "lora_" in name:
-            raise LlavaRegionError(f"'{name}' in {files[0]} is of a kind that is not merged here; allowed: LoRA on linear modules")
+            raise LlavaRegionError(f"'{name}' in {stored.path} is of a kind that is not merged here; allowed: LoRA on linear modules")
         else:
             tensors[bare_name(name)] = entry
     if not halves:
-        raise LlavaRegionError(f"{files[0]} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
-    return Adapter(config, {module: _update(module, pair, config, files[0]) for module, pair in halves.items()}, tensors)
+        raise LlavaRegionError(f"{stored.path} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
+    return Adapter(config, {module: _update(module, pair, config, stored.path) for module, pair in halves.items()}, tensors)
+
+
+def trained_besides(run: ModelSource) -> dict[str, Entry]:
+    """What a run trained besides its adapter (projector, unfrozen vision tower, resized embeddings), by name in the bare model.
+
+    Of a pretraining that trained the projector alone: the projector. Empty where the file is not there, which
+    `ModelSource.besides_file` tells.
+
+    Raises:
+        LlavaRegionError: the file is damaged.
+    """
+    file = run.besides_file
+    return {bare_name(name): entry for name, entry in Checkpoint(file).items()} if file else {}
+
+
+def trained_whole(run: ModelSource, adapter: Adapter) -> dict[str, Entry]:
+    """Every tensor that a LoRA run trained without LoRA, by name in the bare model. Those in the adapter's file go first: PEFT
+    loads them last.
+    """
+    return {**trained_besides(run), **adapter.tensors}
 
 
 def _update(module: str, pair: dict[str, Entry], config: dict, file: Path) -> LoraUpdate:
@@ -96,7 +137,7 @@ def _update(module: str, pair: dict[str, Entry], config: dict, file: Path) -> Lo
     rank, scaling = scaling_of(module, config)
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise LlavaRegionError(
-            f"LoRA on '{module}' has A {a.shape} and B {b.shape}, adapter_config.json says rank {rank}; files do not belong together"
+            f"LoRA on '{module}' has A {a.shape} and B {b.shape}, {ADAPTER_CONFIG_FILE} says rank {rank}; files do not belong together"
         )
     return LoraUpdate(a, b, scaling, bool(config.get("fan_in_fan_out")))
 

@@ -1,34 +1,30 @@
-"""A model folder as a whole: config, tensors and the small files beside them, read lazily and written in one stream."""
+"""A model folder as a whole: config, tensors and the small files around them, read lazily and written in one stream."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llava_region.checkpoints.tensors import Checkpoint, Computed, Entry, write_checkpoint
-from llava_region.decoder import layer_index
+from llava_region import upstreams
+from llava_region.checkpoints.source import LAYER_COUNT_KEYS, WIDTH_KEYS, ModelLike, ModelSource, num_layers_in
+from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
+from llava_region.decoder import declared, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json, refuse_existing, write_json
-from llava_region.region import num_layers_of
-from llava_region.run_files import REGION_FILE
+from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, TRAINER_FILES
 
-# Two models whose configs differ in one of these have tensors of different shapes. The second line is MPT's.
+# Two models whose configs differ in one of these have tensors of different shapes. The last two are MPT's.
 SHAPE_KEYS = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-    "d_model", "expansion_ratio", "n_heads", "n_layers",
+    *WIDTH_KEYS, *LAYER_COUNT_KEYS, "intermediate_size", "num_attention_heads", "num_key_value_heads", "expansion_ratio", "n_heads",
 )  # fmt: skip
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 _SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".tiktoken", ".jinja")
-_WRITTEN_HERE = ("config.json", "generation_config.json", REGION_FILE)
-_OF_TRAINING = (
-    "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py"
-)  # fmt: skip
+_NOT_COPIED = (CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, ADAPTER_CONFIG_FILE, *TRAINER_FILES)
 _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p")
 
 
@@ -54,71 +50,40 @@ class ModelFolder:
 
     @property
     def num_layers(self) -> int:
-        return next(self.config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if isinstance(self.config.get(key), int))
+        """Decoder layers, as the config counts them."""
+        return num_layers_in(self.config, str(self.path / CONFIG_FILE))
 
 
-def locate(model: str | Path) -> Path:
-    """The folder of a model: a path, or a Hugging Face name that is in the local cache. Nothing is downloaded.
-
-    Raises:
-        LlavaRegionError: neither.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise LlavaRegionError(f"{model} is a file; give the folder of a model")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(str(model), local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError) as e:
-            raise LlavaRegionError(
-                f"there is no folder {model}, nor is it in the Hugging Face cache; download it with 'huggingface-cli download {model}'"
-            ) from e
-    raise LlavaRegionError(f"there is no folder {model}; give the folder of a model")
-
-
-def read_model(model: str | Path) -> ModelFolder:
+def read_model(model: ModelLike) -> ModelFolder:
     """Open a model folder; no tensor is loaded.
 
     Raises:
         LlavaRegionError: not a checkpoint, or a damaged one; `config.json` counts other decoder layers than there are tensors for.
     """
-    path = locate(model)
-    count = num_layers_of(path)
-    config = read_json(path / "config.json")
+    source = ModelSource.of(model)
+    path, config, count = source.path, source.config, source.num_layers
     if "text_config" in config:
         raise LlavaRegionError(
-            f"{model} is in transformers' own LLaVA format ('text_config'); give a checkpoint of upstream LLaVA or Bunny"
+            f"{model} is in transformers' own LLaVA format ('text_config'); give a checkpoint of upstream {upstreams.titles()}"
         )
-    tensors = dict(Checkpoint(path))
-    found = {layer_index(name) for name in tensors} - {None}
-    headless = {layer_index(f"model.{name}") for name in tensors} - {None}
-    if (found or headless) != set(range(count)):
+    tensors = dict(source.checkpoint)
+    # a backbone saved without its head lacks the first part of each name
+    roots = ("", *dict.fromkeys(f"{layers.partition('.')[0]}." for layers in declared().layers))
+    found = next((layers for root in roots if (layers := {layer_index(f"{root}{name}") for name in tensors} - {None})), set())
+    if found != set(range(count)):
         raise LlavaRegionError(
-            f"{path}/config.json counts {count} decoder layers, the weights hold {len(found or headless)}; give a whole checkpoint"
+            f"{path}/{CONFIG_FILE} counts {count} decoder layers, the weights hold {len(found)}; give a whole checkpoint"
         )
-    generation = path / "generation_config.json"
-    return ModelFolder(path, config, tensors, read_region(path), read_json(generation) if generation.is_file() else None, side_files(path))
-
-
-def read_region(path: Path) -> dict | None:
-    """`region.json` of a folder, else `visual_region` of its config; None for a model that was not trained by this package."""
-    if (path / REGION_FILE).is_file():
-        return read_json(path / REGION_FILE)
-    return read_json(path / "config.json").get("visual_region")
+    generation = path / GENERATION_CONFIG_FILE
+    return ModelFolder(path, config, tensors, source.region, read_json(generation) if generation.is_file() else None, side_files(path))
 
 
 def side_files(path: Path) -> dict[str, Path]:
-    """Files that a model needs beside config and weights: tokenizer, image processor, its own code, licences; and its `cost.json`."""
-    skip = (*_WRITTEN_HERE, *_OF_TRAINING)
+    """Files that a model needs besides config and weights: tokenizer, image processor, its own code, licences; and its `cost.json`."""
     return {
         file.name: file
         for file in sorted(path.iterdir())
-        if file.is_file() and file.name not in skip and not file.name.startswith(".") and not file.name.endswith(".index.json")
+        if file.is_file() and file.name not in _NOT_COPIED and not file.name.startswith(".") and not file.name.endswith(".index.json")
         if file.suffix in _SIDE_SUFFIXES or file.name.startswith(("LICENSE", "NOTICE"))
     }  # fmt: skip
 
@@ -135,15 +100,15 @@ def write_model(model: ModelFolder, folder: Path, description: str) -> int:
             shutil.copyfile(file, folder / name)
     except OSError as e:
         raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror or e}") from e
-    write_json(folder / "config.json", model.config)
+    write_json(folder / CONFIG_FILE, model.config)
     if model.generation_config is not None:
-        write_json(folder / "generation_config.json", savable(model.generation_config))
+        write_json(folder / GENERATION_CONFIG_FILE, savable(model.generation_config))
     if model.region is not None:
         write_json(folder / REGION_FILE, model.region)
     return size
 
 
-def savable(generation_config: dict) -> dict:
+def savable(generation_config: dict[str, Any]) -> dict[str, Any]:
     """Without sampling options where sampling is off: they have no effect, but transformers refuses to save them."""
     if generation_config.get("do_sample"):
         return generation_config
@@ -163,7 +128,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path], force: bool) -> 
     refuse_existing(out, force)
 
 
-def check_same_shape(model: Mapping, base: Mapping, names: tuple[str, str]) -> None:
+def check_same_shape(model: Mapping[str, Any], base: Mapping[str, Any], names: tuple[str, str]) -> None:
     """Refuse a base that is another model, by the configs alone.
 
     Args:

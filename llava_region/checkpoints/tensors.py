@@ -16,7 +16,9 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.progress import progress_bar
-from llava_region.run_files import ADAPTER_CONFIG_FILE, WEIGHT_FILES
+from llava_region.run_files import ADAPTER_CONFIG_FILE, WEIGHT_FILES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 
-DTYPES = {
+STORED_DTYPES = {  # as the header of a safetensors file names them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 # One read or write: calls of many MB were several times slower.
 _IO_BYTES = 1 << 20
@@ -57,7 +59,7 @@ class Stored:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.start)
-            _read_into(f, memoryview(buffer.numpy()))
+            _read_into(f, buffer.numpy().data)
         return buffer.view(self.dtype).reshape(self.shape)
 
 
@@ -77,7 +79,7 @@ class Computed:
 Entry = Stored | Computed
 
 
-class Checkpoint(Mapping):
+class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint by name, as `Stored` or `Computed`: shapes and dtypes are known, nothing is loaded.
 
     Iteration is shard by shard. `tensor(name)` loads one.
@@ -90,7 +92,7 @@ class Checkpoint(Mapping):
             `.bin` holds more than tensors.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.shards: dict[Path, list[str]] = {}
         self._entries: dict[str, Entry] = {}
@@ -120,14 +122,14 @@ class Checkpoint(Mapping):
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a model folder, in the index's order; a file stands for itself.
+    """The files that hold the weights of a model folder, in the index's order; of a file that file itself.
 
     Raises:
         LlavaRegionError: not a checkpoint, or a shard that the index names is missing.
     """
     if path.is_file():
         if path.suffix not in (".safetensors", ".bin"):
-            raise LlavaRegionError(f"{path} is no weights file; allowed: .safetensors or .bin")
+            raise LlavaRegionError(f"{path} is not a weights file; allowed: .safetensors or .bin")
         return [path]
     if not path.is_dir():
         raise LlavaRegionError(f"there is no folder {path}; give the folder of a model")
@@ -141,7 +143,7 @@ def weight_files(path: Path) -> list[Path]:
     index = read_json(found)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
-        raise LlavaRegionError(f"{found} is not an index of shards; allowed: 'weight_map' from tensor names to files beside it")
+        raise LlavaRegionError(f"{found} is not an index of shards; allowed: 'weight_map' from tensor names to files next to it")
     files = [path / name for name in dict.fromkeys(names.values())]
     for file in files:
         if not file.is_file():
@@ -159,11 +161,13 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError, ValueError) as e:
         raise LlavaRegionError(f"{file} is truncated or not a safetensors file ({e}); copy or download it again") from e
     header.pop("__metadata__", None)
-    unknown = sorted({spec["dtype"] for spec in header.values()} - set(DTYPES))
+    unknown = sorted({spec["dtype"] for spec in header.values()} - set(STORED_DTYPES))
     if unknown:
-        raise LlavaRegionError(f"{file} holds tensors of type {unknown[0]}; allowed: {', '.join(DTYPES)}")
+        raise LlavaRegionError(f"{file} holds tensors of type {unknown[0]}; allowed: {', '.join(STORED_DTYPES)}")
     specs = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {name: Stored(file, DTYPES[spec["dtype"]], tuple(spec["shape"]), 8 + size + spec["data_offsets"][0]) for name, spec in specs}
+    return {
+        name: Stored(file, STORED_DTYPES[spec["dtype"]], tuple(spec["shape"]), 8 + size + spec["data_offsets"][0]) for name, spec in specs
+    }
 
 
 def _read_bin(file: Path) -> dict[str, Computed]:
@@ -179,7 +183,7 @@ def _read_bin(file: Path) -> dict[str, Computed]:
 class _MappedBin:
     """A `.bin` file, mapped while it is read and mapped anew every `_MAPPED_BYTES`."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self.file = file
         self._tensors: dict[str, torch.Tensor] = {}
         self._read = 0
@@ -218,11 +222,10 @@ def bare_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 
 
-def name_in_backbone(name: str, backbone: Mapping) -> str | None:
+def name_in_backbone(name: str, backbone: Mapping[str, Any]) -> str | None:
     """The name under which a LLM backbone holds a LLaVA or Bunny tensor, or None.
 
-    Names are the same (`model.layers.3...`, MPT `transformer.blocks.3...`), but a backbone that was saved without its
-    language modelling head lacks the first part.
+    Names are the same, but a backbone that was saved without its language modelling head lacks the first part.
     """
     headless = name.partition(".")[2]
     return name if name in backbone else headless if headless in backbone else None
@@ -250,7 +253,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Entry], *, shard_bytes:
         )
     shards = _plan_shards(tensors, shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    names = names if len(shards) > 1 else [WEIGHTS_FILE]
     try:
         with progress_bar(description, len(tensors)) as advance:
             for name, shard in zip(names, shards, strict=True):
@@ -258,7 +261,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Entry], *, shard_bytes:
         if len(shards) > 1:
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     except OSError as e:
         raise LlavaRegionError(f"cannot write {folder.parent}: {e.strerror or e}") from e
     return total
@@ -293,17 +296,17 @@ def _write_safetensors(path: Path, tensors: dict[str, Entry], advance: Callable[
             advance()
 
 
-def _write_entry(entry: Entry, name: str, out) -> None:
+def _write_entry(entry: Entry, name: str, out: FileIO) -> None:
     if isinstance(entry, Stored):
         _copy_bytes(entry, out)
         return
     tensor = entry.load()
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise LlavaRegionError(f"'{name}' came out as {tensor.dtype} {tuple(tensor.shape)}, planned was {entry.dtype} {entry.shape}")
-    _write_all(out, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    _write_all(out, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _copy_bytes(entry: Stored, out) -> None:
+def _copy_bytes(entry: Stored, out: FileIO) -> None:
     left = entry.nbytes
     with entry.file.open("rb", buffering=0) as f:
         f.seek(entry.start)
@@ -321,7 +324,7 @@ def _copy_bytes(entry: Stored, out) -> None:
             left -= len(part)
 
 
-def _read_into(file, view: memoryview) -> None:
+def _read_into(file: FileIO, view: memoryview) -> None:
     while view:
         count = file.readinto(view[:_IO_BYTES])
         if not count:
@@ -329,6 +332,6 @@ def _read_into(file, view: memoryview) -> None:
         view = view[count:]
 
 
-def _write_all(file, view: memoryview) -> None:
+def _write_all(file: FileIO, view: memoryview) -> None:
     while view:
         view = view[os.write(file.fileno(), view[:_IO_BYTES]) :]

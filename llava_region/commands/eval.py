@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import typer
 
@@ -11,11 +13,11 @@ def command(
         None, help="A LLaVA or Bunny model, merged or pruned; a LoRA run with --base; a plain LLM for mmlu and bbh."
     ),
     task: str = typer.Option(None, "--task", help="Names with commas between, or all. See --list."),
-    data_root: Path = typer.Option(None, "--data-root", help="Folder with the official files, a folder a task. See --list."),
+    data_root: Path = typer.Option(None, "--data-root", help="Folder with the official files, one folder per task. See --list."),
     out: Path = typer.Option(None, "--out", help="Folder for the answers and results.json. What it already holds is not asked again."),
     base: str = typer.Option(None, "--base", help="For a LoRA run: the model it was trained on."),
     predictions: Path = typer.Option(None, "--predictions", help="Score this answers file (LLaVA's jsonl) without a model."),
-    batch_size: int = typer.Option(16, "--batch-size", min=1, help="Questions a batch; halved while a batch does not fit."),
+    batch_size: int = typer.Option(16, "--batch-size", min=1, help="Questions per batch; halved while a batch does not fit."),
     limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first questions of each task; the report calls that incomplete."),
     template: str = typer.Option(None, "--template", help="Conversation template. Default: the model's own."),
     device: str = typer.Option(None, "--device", help="cuda, cuda:1, cpu. Default: cuda if there is any."),
@@ -23,7 +25,7 @@ def command(
     workers: int = typer.Option(4, "--workers", min=1, help="Threads that read images."),
     list_tasks: bool = typer.Option(False, "--list", help="List the tasks, the files each needs, and where to get them."),
     as_json: bool = typer.Option(False, "--json", help='Print {"gqa": {"score", "n", ...}}, the score in percent.'),
-):
+) -> None:
     """Run benchmarks with greedy decoding and score them, or score an answers file.
 
     Several GPUs: torchrun --nproc_per_node 8 -m llava_region eval ... A killed run goes on where it was when started again.
@@ -56,7 +58,7 @@ def command(
         print(json.dumps(results)) if as_json else _show(results)
 
 
-def _list(tasks, as_json: bool) -> None:
+def _list(tasks: ModuleType, as_json: bool) -> None:
     found = [tasks.load(name) for name in tasks.NAMES]
     if as_json:
         files = {task.name: [{"path": file.path, "source": file.source} for file in task.files] for task in found}
@@ -68,7 +70,7 @@ def _list(tasks, as_json: bool) -> None:
             print(f"    {file.path}\n        {file.source}")
 
 
-def _show(results: dict) -> None:
+def _show(results: dict[str, dict[str, Any]]) -> None:
     print(f"{'task':<12}{'score':>8}{'n':>9}  metric")
     for name, result in results.items():
         print(f"{name:<12}{result['score']:>8.2f}{result['n']:>9,}  {result['metric']}")

@@ -10,11 +10,12 @@ def command(
     model: Path = typer.Argument(..., help="Folder with a config.json: a model, a backbone, or a run's output."),
     spec: str = typer.Argument(None, help="Layer spec, such as sparse:25%. Without it: the region the folder was trained with."),
     as_json: bool = typer.Option(False, "--json", help='Print {"layers", "num_layers", "spec"}.'),
-):
+) -> None:
     """Show which decoder layers a spec means for a model, or the region a model was trained with."""
-    from llava_region.region import Region, num_layers_of
+    from llava_region.checkpoints.source import ModelSource
+    from llava_region.region import Region
 
-    region = Region.load(model) if spec is None else Region.parse(spec, num_layers_of(model))
+    region = Region.load(model) if spec is None else Region.parse(spec, ModelSource.of(model).num_layers)
     if as_json:
         print(json.dumps(region.to_dict()))
         return

@@ -12,7 +12,7 @@ def command(
     base: str = typer.Option(None, "--base", help="Model the run was trained on (QLoRA: in 16 bit). Default: the one the run names."),
     force: bool = typer.Option(False, "--force", help="Replace --out if it is there."),
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "run", "base", "layers", "merged", "copied", "bytes", "remarks"}.'),
-):
+) -> None:
     """Merge a LoRA run into a full model, which upstream loads without a base; never holds the model in memory."""
     from llava_region.surgery.merge import merge
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
 
 def command(
     model: Path = typer.Argument(..., help="A LLaVA or Bunny model, a LoRA run, or a plain language model (text only)."),
-    data: list[Path] = typer.Option(..., "--data", help="JSON file in LLaVA's format; give the option once a file."),
+    data: list[Path] = typer.Option(..., "--data", help="JSON file in LLaVA's format; give the option once per file."),
     image_folder: Path = typer.Option(None, "--image-folder", help="Folder that the records' images are relative to."),
     revert_sweep: str = typer.Option(
         None, "--revert-sweep", help="Sets of layers to put back, with ; between: '0-3;28-31;sparse:25%'. In memory; nothing is written."
@@ -24,7 +25,7 @@ def command(
         help="For a LoRA run that was trained on another model than the backbone: that model. --base is then the sweep's alone.",
     ),
     template: str = typer.Option(None, "--template", help="Conversation template. Default: the model's own."),
-    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Records a batch; the result does not depend on it."),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Records per batch; the result does not depend on it."),
     workers: int = typer.Option(4, "--workers", min=1, help="Threads that read images."),
     device: str = typer.Option(None, "--device", help="cuda, cuda:1, cpu. Default: cuda if there is any."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16. Default: float32 on CPU, else the model's own."),
@@ -32,15 +33,14 @@ def command(
     plot: Path = typer.Option(None, "--plot", help="Draw the bars of Figure 1 (left): .png, .svg or .pdf."),
     force: bool = typer.Option(False, "--force", help="Replace --out and --plot if they exist."),
     as_json: bool = typer.Option(False, "--json", help='Print {"rows": [{"data", "reverted", "perplexity", "tokens", "unlabelled"}]}.'),
-):
+) -> None:
     """Perplexity on the answers of LLaVA-format files, teacher-forced through the model's training template.
 
     With --revert-sweep also for each set of decoder layers put back to the backbone's weights (paper, Figure 1, left).
     """
     from llava_region.evaluation.perplexity import sweep
-    from llava_region.evaluation.perplexity_plot import check_plot, draw, rises
+    from llava_region.evaluation.perplexity_plot import check_plot, draw
     from llava_region.files import refuse_existing, write_json
-    from llava_region.region import layer_ranges
 
     if out:
         refuse_existing(out, force)
@@ -57,7 +57,14 @@ def command(
         draw(rows, plot)
     if as_json:
         print(json.dumps(result))
-        return
+    else:
+        _show(rows)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from llava_region.evaluation.perplexity_plot import rises
+    from llava_region.region import layer_ranges
+
     print(f"{'data':<32}{'reverted layers':<24}{'perplexity':>12}{'rise':>10}{'tokens':>10}")
     for row, rise in zip(rows, rises(rows), strict=True):
         value = "inf" if row["perplexity"] is None else f"{row['perplexity']:.4f}"

@@ -17,7 +17,7 @@ def command(
     no_self_test: bool = typer.Option(False, "--no-self-test", help="Do not load the result and generate; for models larger than memory."),
     force: bool = typer.Option(False, "--force", help="Replace --out if it is there."),
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "model", "dropped", "num_layers", "original_num_layers", ...}.'),
-):
+) -> None:
     """Remove decoder layers outside the visual region; the others are renumbered, so that the cache works."""
     from llava_region.surgery.prune import prune
 

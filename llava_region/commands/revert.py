@@ -13,7 +13,7 @@ def command(
     out: Path = typer.Option(..., "--out", help="Folder to write."),
     force: bool = typer.Option(False, "--force", help="Replace --out if it is there."),
     as_json: bool = typer.Option(False, "--json", help='Print {"out", "model", "base", "layers", "tensors", "copied", "bytes"}.'),
-):
+) -> None:
     """Put decoder layers back to the backbone's weights; the rest and the projector stay as they are."""
     from llava_region.surgery.revert import revert
 

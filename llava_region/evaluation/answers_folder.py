@@ -1,8 +1,8 @@
 """Answers on disk while a benchmark runs: appended as they come, resumable after a kill, at the end in the questions' order.
 
 OUT/settings.json     which model answers, and which questions it is asked: a resume must agree
-OUT/TASK.jsonl        LLaVA's form: {"question_id", "prompt", "text", "model_id", "metadata"} a line
-OUT/TASK.rankN.jsonl  what another process than the first has answered so far; gone when the task is finished
+OUT/TASK.jsonl        LLaVA's form: {"question_id", "prompt", "text", "model_id", "metadata"} per line
+OUT/TASK.rankN.jsonl  what a process other than the first has answered so far; gone when the task is finished
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json, write_json, write_text
+from llava_region.run_files import SETTINGS_FILE
 from llava_region.tasks import Example, Task
 from llava_region.tasks.task import read_jsonl
 
-SETTINGS_FILE = "settings.json"
 UNREADABLE = "unreadable_image"  # key of a row's metadata: why its image could not be shown to the model
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 class Answers:
@@ -30,7 +30,7 @@ class Answers:
         LlavaRegionError: a line of a file is not JSON, other than a last one that a kill cut short.
     """
 
-    def __init__(self, out: Path, task: Task, rank: int = 0):
+    def __init__(self, out: Path, task: Task, rank: int = 0) -> None:
         self.out, self.task = out, task
         self.merged = out / f"{task.name}.jsonl"
         self.own = self.merged if rank == 0 else out / f"{task.name}.rank{rank}.jsonl"
@@ -39,7 +39,7 @@ class Answers:
         """All that hold answers."""
         return [file for file in (self.merged, *sorted(self.out.glob(f"{self.task.name}.rank*.jsonl"))) if file.is_file()]
 
-    def mend(self) -> None:
+    def drop_cut_lines(self) -> None:
         """Drop the last line of a file where a kill cut it short."""
         for file in self.files():
             whole = file.read_bytes().rpartition(b"\n")
@@ -47,7 +47,7 @@ class Answers:
                 os.truncate(file, len(whole[0]) + len(whole[1]))
 
     def rows(self) -> dict[Hashable, dict]:
-        """The answers so far by the key of their question; one that saw its image goes before one that did not."""
+        """The answers so far by the key of their question; one that saw its image replaces one that did not."""
         found: dict[Hashable, dict] = {}
         for file in self.files():
             for row in read_jsonl(file):
@@ -78,7 +78,7 @@ def unreadable(row: dict) -> bool:
     return UNREADABLE in (row.get("metadata") or {})
 
 
-def check_settings(out: Path, settings: dict) -> None:
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with answers of another model, or to other questions.
 
     Raises:
@@ -100,7 +100,7 @@ def check_settings(out: Path, settings: dict) -> None:
             raise LlavaRegionError(f"the answers to {name} in {out} are to other questions or prompts than these; give another --out")
 
 
-def write_settings(out: Path, settings: dict) -> None:
+def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
     """Write `settings.json`, keeping the tasks that an earlier run recorded."""
     before = read_json(out / SETTINGS_FILE).get("tasks", {}) if (out / SETTINGS_FILE).is_file() else {}
     write_json(out / SETTINGS_FILE, {**settings, "tasks": {**before, **settings["tasks"]}})
@@ -111,19 +111,4 @@ def questions_digest(task: Task, examples: list[Example]) -> str:
     digest = hashlib.sha256(f"{task.name} {task.max_new_tokens}".encode())
     for example in examples:
         digest.update(json.dumps([str(task.key_of(example)), example.prompt]).encode())
-    return digest.hexdigest()
-
-
-def weights_digest(*folders: Path) -> str:
-    """A digest of the config and of samples of every weights file, 256 KB of each, of a model (and its base)."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        files = [*folder.glob("config.json"), *folder.glob("adapter_config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        for file in sorted(file for file in files if file.name not in ("optimizer.bin", "training_args.bin", "scheduler.bin")):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as f:
-                for sample in range(_SAMPLES):
-                    f.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                    digest.update(f.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -12,11 +12,13 @@ A later run on further tasks adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__, processes, tasks
+from llava_region.checkpoints.identity import weights_digest
+from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.data.images import UnreadableImage, prefetch, read_pixels
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.answers_folder import (
@@ -25,7 +27,6 @@ from llava_region.evaluation.answers_folder import (
     check_settings,
     questions_digest,
     unreadable,
-    weights_digest,
     write_settings,
 )
 from llava_region.files import read_json, write_json
@@ -35,12 +36,14 @@ from llava_region.tasks import Example, Task
 from llava_region.tasks import answers as answers_file
 
 if TYPE_CHECKING:
-    from llava_region.models.loading import LoadedModel
+    import torch
+
+    from llava_region.models.loaded import LoadedModel
 
 CUT = "cut_prompt"  # key of a row's metadata: tokens that did not fit the model's maximum length
 
 
-def score_predictions(name: str, predictions: Path, data_root: Path) -> dict:
+def score_predictions(name: str, predictions: Path, data_root: Path) -> dict[str, Any]:
     """Score an answers file in LLaVA's form, whoever wrote it; no model, no torch, no images.
 
     Raises:
@@ -54,9 +57,9 @@ def score_predictions(name: str, predictions: Path, data_root: Path) -> dict:
 
 
 def evaluate(
-    model: str | Path, names: Sequence[str], data_root: Path, out: Path, *, base: str | Path | None = None, batch_size: int = 16,
+    model: ModelLike, names: Sequence[str], data_root: Path, out: Path, *, base: ModelLike | None = None, batch_size: int = 16,
     limit: int | None = None, workers: int = 4, device: str | None = None, dtype: str | None = None, template: str | None = None,
-) -> dict:  # fmt: skip
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Put the tasks to a model and score its answers. Under `torchrun` each process answers a part; the first one scores.
 
     Answers already in `out` are kept: a killed run goes on where it was. Each question is in the same batch whatever was
@@ -65,7 +68,7 @@ def evaluate(
     Args:
         model: LLaVA or Bunny model, LoRA run (with `base`), or plain language model (text tasks only).
         limit: ask only the first questions of each task.
-        batch_size: questions a batch; halved while one does not fit the GPU's memory.
+        batch_size: questions per batch; halved while one does not fit the GPU's memory.
         workers: threads that read images.
 
     Returns:
@@ -74,26 +77,25 @@ def evaluate(
     Raises:
         LlavaRegionError: bad input, before weights load; or `out` holds answers of another model or to other questions.
     """
-    from llava_region.checkpoints.model_folder import locate
-    from llava_region.models.loading import check_base, load, upstream_of
+    from llava_region.models.loading import check_base, load
 
     found = {name: tasks.load(name) for name in names}
     tasks.check(list(names), data_root)
-    model, base = locate(model), locate(base) if base else None
-    check_base(model, base)
+    source, on = ModelSource.of(model), ModelSource.of(base) if base else None
+    check_base(source, on)
     seeing = [name for name, task in found.items() if task.visual]
-    if seeing and upstream_of(model) is None:
+    if seeing and source.upstream is None:
         raise LlavaRegionError(
-            f"{model} is a language model without a vision tower, so it cannot do {', '.join(seeing)}; allowed: mmlu, bbh"
+            f"{source} is a language model without a vision tower, so it cannot do {', '.join(seeing)}; allowed: mmlu, bbh"
         )
     examples = {name: task.examples(data_root) for name, task in found.items()}
     digests = {name: questions_digest(task, examples[name]) for name, task in found.items()}
-    settings = {"weights": weights_digest(model, *([base] if base else [])), "tasks": digests}
+    settings: dict[str, Any] = {"weights": weights_digest(source, *([on] if on else [])), "tasks": digests}
     with processes.joined():
-        loaded = load(model, base, device=processes.device(device), dtype=dtype, template=template)
+        loaded = load(source, on, device=processes.device(device), dtype=dtype, template=template)
         settings.update(template=loaded.template, dtype=str(loaded.model.dtype).removeprefix("torch."))
         _agree(out, settings)
-        record = _record(loaded, base, settings["dtype"])
+        record = _record(loaded, source, on, settings["dtype"])
         results = {}
         for name, task in found.items():
             rows = _answer_task(loaded, task, examples[name], out, batch_size, limit, workers)
@@ -103,7 +105,7 @@ def evaluate(
     return results
 
 
-def _agree(out: Path, settings: dict) -> None:
+def _agree(out: Path, settings: Mapping[str, Any]) -> None:
     """All processes check the settings in `out` before the first one writes them."""
     check_settings(out, settings)
     processes.barrier()
@@ -116,28 +118,25 @@ def _agree(out: Path, settings: dict) -> None:
     processes.barrier()
 
 
-def _record(loaded: LoadedModel, base: Path | None, dtype: str) -> dict:
+def _record(loaded: LoadedModel, source: ModelSource, base: ModelSource | None, dtype: str) -> dict[str, Any]:
     """What `results.json` says about the model."""
-    from llava_region.checkpoints.model_folder import read_region
-    from llava_region.models.loading import settings_folder
-
-    folder = loaded.folder
-    region = read_region(folder if (folder / "config.json").is_file() else settings_folder(folder))
     return {
-        "model": str(folder.resolve()), "base": str(base.resolve()) if base else None, "upstream": loaded.upstream,
-        "template": loaded.template, "dtype": dtype, "num_layers": loaded.num_layers, "region": region,
+        "model": str(source.path.resolve()), "base": str(base.path.resolve()) if base else None, "upstream": loaded.upstream,
+        "template": loaded.template, "dtype": dtype, "num_layers": loaded.num_layers, "region": source.region,
         "llava_region_version": __version__,
     }  # fmt: skip
 
 
-def _answer_task(loaded, task: Task, examples: list[Example], out: Path, batch_size: int, limit: int | None, workers: int) -> dict:
+def _answer_task(
+    loaded: LoadedModel, task: Task, examples: list[Example], out: Path, batch_size: int, limit: int | None, workers: int
+) -> dict[Hashable, dict]:
     """Answer what is not answered yet; returns all rows by key, in the first process."""
     answers = Answers(out, task, processes.rank())
     if processes.is_first():
-        answers.mend()
+        answers.drop_cut_lines()
     processes.barrier()
     done = {key for key, row in answers.rows().items() if not unreadable(row)}
-    processes.barrier()  # nobody appends while another still reads
+    processes.barrier()  # no process appends while another still reads
     own = processes.share(batches(examples[:limit], batch_size))
     todo = [batch for batch in own if any(task.key_of(example) not in done for example in batch)]
     with progress_bar(task.title, sum(map(len, own)), enabled=processes.is_first()) as advance:
@@ -155,7 +154,9 @@ def batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def _answer_batches(loaded: LoadedModel, task: Task, todo, workers: int) -> Iterator[tuple[list[Example], list[dict]]]:
+def _answer_batches(
+    loaded: LoadedModel, task: Task, todo: list[list[Example]], workers: int
+) -> Iterator[tuple[list[Example], list[dict[str, Any]]]]:
     """Each batch with its rows: an empty answer where the image could not be read."""
     name = loaded.folder.name
     model_id = f"{loaded.folder.resolve().parent.name}_{name}" if name.startswith("checkpoint-") else name  # as upstream names it
@@ -172,7 +173,7 @@ def _answer_batches(loaded: LoadedModel, task: Task, todo, workers: int) -> Iter
         yield batch, rows
 
 
-def _picture(loaded: LoadedModel, example: Example):
+def _picture(loaded: LoadedModel, example: Example) -> list[torch.Tensor] | str:
     """The example's images, [] or [(3, H, W)], or why there is none to show."""
     if example.image is None:
         return []
@@ -182,7 +183,7 @@ def _picture(loaded: LoadedModel, example: Example):
         return " ".join(str(e).split())
 
 
-def _fit(loaded: LoadedModel, task: Task, example: Example):
+def _fit(loaded: LoadedModel, task: Task, example: Example) -> tuple[torch.Tensor, int]:
     """Ids (T,) of the example's prompt, with fewer shots where it is too long, and how many tokens still do not fit."""
     images = int(example.image is not None)
     text: str | None = example.prompt
@@ -195,7 +196,7 @@ def _fit(loaded: LoadedModel, task: Task, example: Example):
         text = shorter
 
 
-def _generate(loaded: LoadedModel, ids: list, pictures: list, max_new_tokens: int) -> list[str]:
+def _generate(loaded: LoadedModel, ids: list[torch.Tensor], pictures: list[list[torch.Tensor]], max_new_tokens: int) -> list[str]:
     """Answers to a batch; in halves where it does not fit the GPU's memory."""
     import torch
 
@@ -215,7 +216,7 @@ def _generate(loaded: LoadedModel, ids: list, pictures: list, max_new_tokens: in
     ]  # fmt: skip
 
 
-def _score(task: Task, examples: list[Example], rows: dict, limit: int | None) -> dict:
+def _score(task: Task, examples: list[Example], rows: Mapping[Hashable, dict], limit: int | None) -> dict[str, Any]:
     asked = examples[:limit]
     of_asked = [rows[key] for key in map(task.key_of, asked) if key in rows]
     result = task.score(asked, answers_file.pair(task, asked, of_asked))
@@ -224,7 +225,7 @@ def _score(task: Task, examples: list[Example], rows: dict, limit: int | None) -
     return {**result, "limit": limit} if len(asked) < len(examples) else result
 
 
-def _write_results(out: Path, record: dict, results: dict) -> None:
+def _write_results(out: Path, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     path = out / RESULTS_FILE
     before = read_json(path).get("tasks", {}) if path.is_file() else {}
     write_json(path, {**record, "tasks": {**before, **results}})

@@ -7,24 +7,25 @@ summed negative log-likelihood over the answers' tokens and EOS, divided by thei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from llava_region.checkpoints.model_folder import check_same_shape, locate
-from llava_region.checkpoints.tensors import Checkpoint
+from llava_region.checkpoints.model_folder import check_same_shape
+from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.data.images import prefetch, read_pixels
 from llava_region.data.records import read_records, require_images, training_images
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
-from llava_region.models.loading import IGNORE, LoadedModel, load, settings_folder, upstream_of
+from llava_region.models import IGNORE, Embedded, LoadedModel, load
 from llava_region.progress import progress_bar
-from llava_region.region import Region, num_layers_of
+from llava_region.region import Region
+from llava_region.run_files import ADAPTER_CONFIG_FILE
 from llava_region.surgery.revert import backbone_tensors
 
 
@@ -58,7 +59,7 @@ class Sample(NamedTuple):
     image: Path | None
 
 
-def perplexity(model: LoadedModel, data: Path, image_folder: Path | None, **options) -> Likelihood:
+def perplexity(model: LoadedModel, data: Path, image_folder: Path | None, **options: Any) -> Likelihood:
     """Score one LLaVA-format file; options as for `likelihood`. See `read_data` for what is raised."""
     return likelihood(model, samples(model, read_data(data, image_folder), image_folder), **options)
 
@@ -121,11 +122,12 @@ def _pixels(model: LoadedModel, batch: Sequence[Sample]) -> list[list[torch.Tens
     return [[read_pixels(s.image, model.pixel_values)] if s.image and (s.input_ids < 0).any() else [] for s in batch]
 
 
-def _score(model: LoadedModel, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(model: LoadedModel, batch: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
     """Per sample, summed negative log-likelihood (B,) in float64, and number of tokens (B,); each token is predicted by the one before."""
     logits = model.model(
         inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits
+    assert batch.labels is not None
     labels = batch.labels[:, 1:]
     wanted = labels != IGNORE
     losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
@@ -142,15 +144,16 @@ class Reverter:
         LlavaRegionError: the backbone does not hold the same tensors in these layers.
     """
 
-    def __init__(self, model, backbone: Path):
+    def __init__(self, model: nn.Module, backbone: ModelSource) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if layer_index(n) is not None}
-        every = {layer_index(name) for name in self.parameters}
-        self.backbone = backbone_tensors(self.parameters, Checkpoint(backbone), every, backbone)
+        every = {layer for name in self.parameters if (layer := layer_index(name)) is not None}
+        self.backbone = backbone_tensors(self.parameters, backbone.checkpoint, every, backbone)
         self.own: dict[str, torch.Tensor] = {}
 
-    def revert(self, layers) -> None:
+    def revert(self, layers: Iterable[int]) -> None:
         """Make exactly these layers the backbone's, and all others the model's own."""
-        wanted = {name for name in self.parameters if layer_index(name) in set(layers)}
+        chosen = set(layers)
+        wanted = {name for name in self.parameters if layer_index(name) in chosen}
         for name in set(self.own) - wanted:
             self.parameters[name].data.copy_(self.own.pop(name))
         for name in wanted - set(self.own):
@@ -173,9 +176,9 @@ def parse_sweep(text: str, num_layers: int) -> list[Region]:
 
 
 def sweep(
-    model_folder: str | Path, data: Sequence[Path], *, image_folder: Path | None = None, base: str | Path | None = None,
-    lora_base: str | Path | None = None, revert: str | None = None, batch_size: int = 8, workers: int = 4, **loading,
-) -> dict:  # fmt: skip
+    model_folder: ModelLike, data: Sequence[Path], *, image_folder: Path | None = None, base: ModelLike | None = None,
+    lora_base: ModelLike | None = None, revert: str | None = None, batch_size: int = 8, workers: int = 4, **loading: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Perplexity of a model on each data file, as it is and with each set of layers of `revert` taken from the backbone.
 
     Args:
@@ -190,12 +193,12 @@ def sweep(
     Raises:
         LlavaRegionError: bad input, before weights load.
     """
-    model_folder = locate(model_folder)
-    own_base, backbone = check_bases(model_folder, base, lora_base, revert)
-    regions = parse_sweep(revert, num_layers_of(settings_folder(model_folder))) if revert else []
-    text_only = upstream_of(model_folder) is None
+    source = ModelSource.of(model_folder)
+    own_base, backbone = check_bases(source, base, lora_base, revert)
+    regions = parse_sweep(revert, source.num_layers) if revert else []
+    text_only = source.upstream is None
     records = {path: read_data(path, image_folder, text_only) for path in dict.fromkeys(map(Path, data))}
-    model = load(model_folder, own_base, **loading)
+    model = load(source, own_base, **loading)
     sets = {path: samples(model, found, image_folder) for path, found in records.items()}
     reverter = Reverter(model.model, backbone) if backbone else None
     rows = []
@@ -208,28 +211,28 @@ def sweep(
             finite = result.perplexity if math.isfinite(result.perplexity) else None
             counts = {"tokens": result.tokens, "unlabelled": result.unlabelled}
             rows.append({"data": str(path), "reverted": list(layers), "perplexity": finite, **counts})
-    return {"model": str(model_folder), "template": model.template, "rows": rows}
+    return {"model": str(source), "template": model.template, "rows": rows}
 
 
-def check_bases(model_folder: Path, base, lora_base, revert: str | None) -> tuple[Path | None, Path | None]:
-    """Which folder the adapter goes on, and which the layers are reverted to; None where there is no need of one.
+def check_bases(
+    model: ModelSource, base: ModelLike | None, lora_base: ModelLike | None, revert: str | None
+) -> tuple[ModelSource | None, ModelSource | None]:
+    """The model that the adapter goes on, and the one that layers are reverted to; None where there is no need of one.
 
     Raises:
         LlavaRegionError: one is missing or superfluous, or the backbone is of another shape.
     """
-    is_run = (model_folder / "adapter_config.json").is_file()
+    is_run = model.kind == "adapter"
     if lora_base and not is_run:
-        raise LlavaRegionError(f"{model_folder} is no LoRA run (it has no adapter_config.json); leave out --lora-base")
+        raise LlavaRegionError(f"{model} is not a LoRA run (it has no {ADAPTER_CONFIG_FILE}); leave out --lora-base")
     if base and not is_run and not revert:
         raise LlavaRegionError("--base is the backbone for --revert-sweep, or what a LoRA run was trained on; leave it out here")
     if revert and not base:
         raise LlavaRegionError("--revert-sweep needs the backbone that layers are reverted to; give it with --base")
     if lora_base and base and not revert:
         raise LlavaRegionError("without --revert-sweep a LoRA run takes one base; leave out --base or --lora-base")
-    own = lora_base or base if is_run else None
-    if not revert:
-        return (locate(own) if own else None), None
-    backbone = locate(base)
-    config = read_json(settings_folder(model_folder) / "config.json")
-    check_same_shape(config, read_json(backbone / "config.json"), (f"the model {model_folder}", f"the backbone {backbone}"))
-    return (locate(own) if own else None), backbone
+    given = ModelSource.of(base) if base else None
+    own = (ModelSource.of(lora_base) if lora_base else given) if is_run else None
+    if revert and given:
+        check_same_shape(model.config, given.config, (f"the model {model}", f"the backbone {given}"))
+    return own, given if revert else None

@@ -1,4 +1,4 @@
-"""One batch through the decoder layers, with hooks that reduce each layer to a few numbers a sample while it runs.
+"""One batch through the decoder layers, with hooks that reduce each layer to a few numbers per sample while it runs.
 
 A layer's own input and output are used: the last of transformers' `hidden_states` is after the final norm. Nothing of the
 size of a hidden state outlives its layer, so memory does not grow with layers or samples.
@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_region.decoder import find_decoder_layers
+from llava_region.decoder import find_decoder_layers, parent_of
 from llava_region.scores.angular_distance import angular_distance
-from llava_region.scores.attention_inputs import attention_of, watch_attention
+from llava_region.scores.attention_inputs import AttentionInputs, attention_of, watch_attention
 from llava_region.scores.block_influence import block_influence, modality_cosines, token_cosines
 from llava_region.scores.image_attention import image_attention
 from llava_region.scores.sums import Sums
 
+if TYPE_CHECKING:
+    from llava_region.models.loaded import Embedded
+
 ACTIVATION_METRICS = ("block_influence", "multimodal_block_influence", "angular_distance", "image_attention")
 
 
-def measure(model: nn.Module, batch, metrics, sums: Sums) -> Tensor | None:
+def measure(model: nn.Module, batch: Embedded, metrics: Collection[str], sums: Sums) -> Tensor | None:
     """Run the language model over a batch and add its samples to `sums`.
 
     The LM head is left out: no metric needs it.
 
     Args:
         model: upstream's model, or a plain language model.
-        batch: `llava_region.models.loading.Embedded`: (B, T, H) embeddings with their masks and positions.
+        batch: (B, T, H) embeddings with their masks and positions.
         metrics: which of `ACTIVATION_METRICS`.
         sums: added to in place.
 
     Returns:
-        Image attention a sample and layer for the heat map, (B, L), NaN for samples without an image; None if not asked for.
+        Image attention per sample and layer for the heat map, (B, L), NaN for samples without an image; None if not asked for.
     """
     with watch_layers(model, batch, metrics) as seen:
         forward_decoder(model, batch)
@@ -51,16 +56,16 @@ def measure(model: nn.Module, batch, metrics, sums: Sums) -> Tensor | None:
     return attention.T.masked_fill(~has_image[:, None], torch.nan)
 
 
-def forward_decoder(model: nn.Module, batch) -> None:
+def forward_decoder(model: nn.Module, batch: Embedded) -> None:
     """Run the decoder layers (without the LM head) over an embedded batch."""
-    decoder = model.get_submodule(find_decoder_layers(model).prefix.rpartition(".")[0])
+    decoder = parent_of(model)
     positions = {"position_ids": batch.position_ids} if "position_ids" in inspect.signature(decoder.forward).parameters else {}
     decoder(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), use_cache=False, **positions)
 
 
 @contextmanager
-def watch_layers(model: nn.Module, batch, metrics):
-    """Hook every decoder layer; yields a dict that fills with one (B,) a layer for each quantity while the model runs.
+def watch_layers(model: nn.Module, batch: Embedded, metrics: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Hook every decoder layer; yields a dict that fills with one (B,) per layer for each quantity while the model runs.
 
     Raises:
         LlavaRegionError: image attention is asked for, and the model's attention is of no known kind.
@@ -78,31 +83,31 @@ def watch_layers(model: nn.Module, batch, metrics):
         yield seen
 
 
-def _hidden_reducer(seen: dict, mask: Tensor, image: Tensor, metrics):
+def _hidden_reducer(seen: dict[str, list[Tensor]], mask: Tensor, image: Tensor, metrics: Collection[str]) -> Callable[..., None]:
     """A forward hook for decoder layers: block influence and angular distance from their input and output."""
 
-    def reduce(layer, args, kwargs, output):
+    def reduce(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
         before = (args[0] if args else kwargs["hidden_states"]).to(after.device)
         tokens, images = mask.to(after.device), image.to(after.device)
         if "block_influence" in metrics or "multimodal_block_influence" in metrics:
             cosines = token_cosines(before, after)
-        if "block_influence" in metrics:
-            seen["block_influence"].append(block_influence(cosines, tokens))
-        if "multimodal_block_influence" in metrics:
-            for quantity, mean in zip(("image_cosine", "text_cosine"), modality_cosines(cosines, tokens, images), strict=True):
-                seen[quantity].append(mean)
+            if "block_influence" in metrics:
+                seen["block_influence"].append(block_influence(cosines, tokens))
+            if "multimodal_block_influence" in metrics:
+                for quantity, mean in zip(("image_cosine", "text_cosine"), modality_cosines(cosines, tokens, images), strict=True):
+                    seen[quantity].append(mean)
         if "angular_distance" in metrics:
             seen["angular_distance"].append(angular_distance(before, after, tokens))
 
     return reduce
 
 
-def _attention_reducer(seen: dict, mask: Tensor, image: Tensor):
+def _attention_reducer(seen: dict[str, list[Tensor]], mask: Tensor, image: Tensor) -> Callable[[AttentionInputs], None]:
     """What `watch_attention` calls after each layer's attention."""
-    first = int((mask & image).any(0).int().argmax())  # once a batch: it waits for the device
+    first = int((mask & image).any(0).int().argmax())  # once per batch: it waits for the device
 
-    def reduce(inputs):
+    def reduce(inputs: AttentionInputs) -> None:
         device = inputs.queries.device
         score = image_attention(
             inputs.queries, inputs.keys, inputs.scale, mask.to(device), image.to(device),

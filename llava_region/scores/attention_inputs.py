@@ -1,14 +1,16 @@
 """The queries and keys of a running attention module, taken by hooks on its parts, whatever implementation it runs with.
 
-Every attention module of the two upstreams makes its queries and keys in linear modules of its own (`q_proj` and `k_proj`;
+Every attention module of the upstreams makes its queries and keys in linear modules of its own (`q_proj` and `k_proj`;
 Phi-3 `qkv_proj`; MPT `Wqkv`) and asks its own `rotary_emb` for cosines and sines. Hooks on those see the same values in
 eager, SDPA and flash attention and in transformers 4.36 to 4.41, whose rotary signatures differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,8 @@ def attention_of(layer: nn.Module) -> nn.Module:
         LlavaRegionError: it makes its queries and keys in another way than the supported ones.
     """
     module = getattr(layer, "self_attn", None) or getattr(layer, "attn", None)
-    known = module is not None and any(all(hasattr(module, name) for name in names) for names in PROJECTIONS)
-    if not known or any(getattr(module, name, None) is not None for name in NORMS):
+    known = any(all(hasattr(module, name) for name in names) for names in PROJECTIONS)
+    if module is None or not known or any(getattr(module, name, None) is not None for name in NORMS):
         raise LlavaRegionError(
             f"image_attention does not know the attention of {type(layer).__name__}; allowed: q_proj and k_proj with rotary "
             "embeddings (Llama, Mistral, Phi, Qwen2, StableLM, MiniCPM), qkv_proj (Phi-3), Wqkv (MPT); leave this metric out"
@@ -47,18 +49,18 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def watch_attention(attention: nn.Module, receive):
+def watch_attention(attention: nn.Module, receive: Callable[[AttentionInputs], None]) -> Iterator[None]:
     """Within the block, call `receive(AttentionInputs)` each time that `attention` has run."""
-    seen: dict = {}
+    seen: dict[str, Any] = {}
 
-    def before(module, args, kwargs):
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
 
-    def after(module, args, kwargs, output):
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         receive(_inputs(module, seen))
         seen.clear()
 
-    def keep(name):
+    def keep(name: str) -> Callable[..., None]:
         return lambda module, args, output: seen.__setitem__(name, output)
 
     with ExitStack() as hooks:
@@ -70,7 +72,7 @@ def watch_attention(attention: nn.Module, receive):
         yield
 
 
-def _inputs(attention: nn.Module, seen: dict) -> AttentionInputs:
+def _inputs(attention: Any, seen: dict[str, Any]) -> AttentionInputs:
     heads = getattr(attention, "num_heads", None) or attention.n_heads
     key_heads = getattr(attention, "num_key_value_heads", None) or heads
     queries, keys = (_split_heads(x, n) for x, n in zip(_projected(attention, seen, heads, key_heads), (heads, key_heads), strict=True))
@@ -81,7 +83,7 @@ def _inputs(attention: nn.Module, seen: dict) -> AttentionInputs:
     return AttentionInputs(queries, keys, scale, _layer_mask(attention, seen, queries.shape[2]), seen.get("position_bias"))
 
 
-def _projected(attention: nn.Module, seen: dict, heads: int, key_heads: int) -> tuple[Tensor, Tensor]:
+def _projected(attention: nn.Module, seen: dict[str, Any], heads: int, key_heads: int) -> tuple[Tensor, Tensor]:
     """Outputs of the projections: queries (B, T, heads * D) and keys (B, T, key heads * D).
 
     Raises:
@@ -105,7 +107,7 @@ def _split_heads(projected: Tensor, heads: int) -> Tensor:
 
 
 def _at_positions(table: Tensor, position_ids: Tensor) -> Tensor:
-    """Cosines or sines as (B or 1, 1, T, R): transformers hands out one row a position, or already one a token."""
+    """Cosines or sines as (B or 1, 1, T, R): transformers hands out one row per position, or already one per token."""
     table = table.float()
     if table.dim() == 4:  # StableLM: (1, 1, positions, R)
         table = table[0, 0]
@@ -121,7 +123,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
-def _layer_mask(attention: nn.Module, seen: dict, length: int) -> Tensor | None:
+def _layer_mask(attention: nn.Module, seen: dict[str, Any], length: int) -> Tensor | None:
     """Where the layer lets a query see a key, as (B or 1, 1, T, >= T), or None where that is causal and padding only.
 
     Raises:

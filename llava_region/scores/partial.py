@@ -1,6 +1,6 @@
-"""What a pass over the data has found so far, on disk beside the output, so that an interrupted one can go on.
+"""What a pass over the data has found so far, on disk next to the output, so that an interrupted one can go on.
 
-One file a process, `OUT.partial` and `OUT.partial.1`, ...; each holds the sums over the batches that this process did.
+One file per process, `OUT.partial` and `OUT.partial.1`, ...; each holds the sums over the batches that this process did.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ class Progress:
             self.attention.setdefault(dataset, {}).update(rows)
 
     def save(self, path: Path) -> None:
+        """Write it as JSON."""
         found = {"done": self.done, "table": self.sums.table.tolist(), "attention": self.attention}
         atomic.write_json(path, {"identity": self.identity, **found})
 
@@ -77,9 +79,10 @@ def _load(path: Path, identity: dict, num_layers: int) -> Progress:
     try:
         found, done, attention = data["identity"], data["done"], data["attention"]
         sums = Sums(num_layers)
-        other = next((key for key in identity if found.get(key) != json.loads(json.dumps(identity[key]))), None)
+        other = next((key for key in identity if _wherever(found.get(key)) != _wherever(json.loads(json.dumps(identity[key])))), None)
         if other:
-            raise LlavaRegionError(f"{path} was made with another {other}; give the same as then, or start again with --force")
+            older = ", or by a version that told models apart by the times of their files" if other in ("model", "base") else ""
+            raise LlavaRegionError(f"{path} was made with another {other}{older}; give the same as then, or start again with --force")
         table = torch.tensor(data["table"], dtype=torch.float64)
         if table.shape != sums.table.shape:
             raise LlavaRegionError(f"{path} is damaged: its table is {list(table.shape)}; start again with --force")
@@ -87,3 +90,8 @@ def _load(path: Path, identity: dict, num_layers: int) -> Progress:
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
         raise LlavaRegionError(f"{path} is damaged ({e}); start again with --force") from e
     return Progress(found, sums, done, attention)
+
+
+def _wherever(part: Any) -> Any:
+    """A part of an identity, where a model's folder is left out: a copy of the model is the same model."""
+    return {key: value for key, value in part.items() if key != "folder"} if isinstance(part, dict) else part

@@ -8,20 +8,19 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from llava_region.checkpoints.model_folder import locate
+from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
-from llava_region.models.loading import settings_folder
-from llava_region.region import Region, num_layers_of
+from llava_region.region import Region
 from llava_region.scores.figures import draw
 
 
-def check_top(model: str | Path, top: int | None) -> None:
-    """Refuse a --top that is no number of layers of the model.
+def check_top(model: ModelLike, top: int | None) -> None:
+    """Refuse a --top that is not a number of layers of the model.
 
     Raises:
-        LlavaRegionError: it is not, or this is no model.
+        LlavaRegionError: it is not, or this is not a model.
     """
-    layers = num_layers_of(settings_folder(locate(model)))
+    layers = ModelSource.of(model).num_layers
     if top is not None and not 1 <= top <= layers:
         raise LlavaRegionError(f"--top is {top}; allowed: 1 to {layers}, the model's decoder layers")
 

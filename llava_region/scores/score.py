@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_region import __version__, processes
 from llava_region import files as atomic
-from llava_region.checkpoints.model_folder import locate
+from llava_region.checkpoints.identity import weights_digest
+from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
-from llava_region.models.loading import DTYPES, check_base, load, settings_folder, upstream_of
-from llava_region.region import num_layers_of
+from llava_region.models.loading import DTYPES, check_base, load
 from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.angular_distance_weights import angular_distance_weights
-from llava_region.scores.data import Sample, read_samples
+from llava_region.scores.data import Dataset, Sample, read_samples
 from llava_region.scores.parameter_change import FORMS, masked, parameter_change
 from llava_region.scores.partial import Progress, partial_files
 from llava_region.scores.pass_over_data import Plan, run_pass
@@ -35,7 +35,11 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to score; see `llava-region score --help`."""
+    """How to score; see `llava-region score --help`.
+
+    Raises:
+        LlavaRegionError: a number that is out of its bounds.
+    """
 
     metrics: tuple[str, ...] = METRICS
     image_folder: Path | None = None
@@ -53,6 +57,12 @@ class Options:
     resume: bool = False
     force: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("batch_size", 1), ("instances", 0), ("eps", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # nor is NaN
+                raise LlavaRegionError(f"--{name.replace('_', '-')} is {value}; allowed: {least} or more")
+
 
 def parse_metrics(text: str) -> tuple[str, ...]:
     """`all` or names with commas, in the order of `METRICS`.
@@ -69,7 +79,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in names)
 
 
-def score(model: str | Path, data: list[Path], out: Path, options: Options) -> dict | None:
+def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> dict[str, Any] | None:
     """Score a model's layers and write `out`.
 
     Returns:
@@ -77,28 +87,32 @@ def score(model: str | Path, data: list[Path], out: Path, options: Options) -> d
 
     Raises:
         LlavaRegionError: bad input; before any weights are loaded.
-        Interrupted: stopped by a signal, progress saved beside `out`.
+        Interrupted: stopped by a signal, progress saved next to `out`.
     """
-    model = locate(model)
-    options = replace(options, base=_base(model, options))
-    samples, datasets = _check(model, data, out, options)
+    source = ModelSource.of(model)
+    base = _base(source, options)
+    samples, datasets = _check(source, base, data, out, options)
     wanted = tuple(name for name in ACTIVATION_METRICS if name in options.metrics)
-    identity = _identity(model, datasets, options)
+    identity = _identity(source, base, datasets, options)
     with processes.joined():
-        weights = _weight_scores(model, options) if processes.is_first() else {}
-        activations = _activation_scores(model, samples, wanted, out, options, identity) if wanted else None
+        weights = _weight_scores(source, base, options) if processes.is_first() else {}
+        activations = _activation_scores(source, base, samples, wanted, out, options, identity) if wanted else None
         if not processes.is_first():
             return None
-        metrics = {**{name: _entry(name, *activations, options) for name in wanted}, **weights}
+        metrics, instances = weights, []
+        if activations:
+            found, dtype = activations
+            metrics = {**{name: _entry(name, found, dtype, options) for name in wanted}, **weights}
+            instances = _instances(found, identity["data"]) if "image_attention" in wanted else []
         result = {
-            "num_layers": num_layers_of(settings_folder(model)),
+            "num_layers": source.num_layers,
             "model": identity["model"],
             "base": identity["base"],
             "data": identity["data"],
             "samples": len(samples),
             "metrics": metrics,
             "correlation": correlation(metrics),
-            "instances": _instances(activations[0], identity["data"]) if "image_attention" in wanted else [],
+            "instances": instances,
             "llava_region_version": __version__,
         }
         atomic.write_json(out, result)
@@ -107,48 +121,46 @@ def score(model: str | Path, data: list[Path], out: Path, options: Options) -> d
         return result
 
 
-def _base(model: Path, options: Options) -> str | None:
+def _base(model: ModelSource, options: Options) -> ModelSource | None:
     """The backbone: as given, else the one that the run's `region.json` or adapter names, if it is there."""
     if options.base is not None:
-        return str(locate(options.base))
-    for name, key in (("region.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
-        named = read_json(model / name).get(key) if (model / name).is_file() else None
+        return ModelSource.of(options.base)
+    adapter = model.adapter_config if model.kind == "adapter" else {}
+    for named in ((model.region or {}).get("base_model"), adapter.get("base_model_name_or_path")):
         if named:
             try:
-                return str(locate(named))
+                return ModelSource.of(named)
             except LlavaRegionError:
                 continue
     return None
 
 
-def _check(model: Path, data: list[Path], out: Path, options: Options):
+def _check(
+    model: ModelSource, base: ModelSource | None, data: list[Path], out: Path, options: Options
+) -> tuple[list[Sample], list[Dataset]]:
     """Everything that can be refused before weights are read; returns the samples and their data sets."""
     if out.suffix != ".json":
         raise LlavaRegionError(f"the output {out} has to end in .json, as --tune_layers knows it by that")
     atomic.refuse_existing(out, options.force)
-    upstream_of(model)
     left = partial_files(out)
     if left and not options.resume and not options.force:
         raise LlavaRegionError(f"{left[0]} is left of an interrupted run; go on with --resume, or start again with --force")
-    for name in ("limit", "batch_size", "instances"):
-        if getattr(options, name) is not None and getattr(options, name) < (name != "instances"):
-            raise LlavaRegionError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: 1 or more")
-    if not options.eps >= 0:
-        raise LlavaRegionError(f"--eps is {options.eps}; allowed: 0 or more")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise LlavaRegionError(f"unknown dtype '{options.dtype}'; allowed: {', '.join(DTYPES)}")
     weights = [name for name in options.metrics if name in WEIGHT_METRICS]
-    if weights and options.base is None:
+    if weights and base is None:
         raise LlavaRegionError(
             f"{weights[0]} compares with the backbone; give it with --base, or leave {' and '.join(weights)} out of --metrics"
         )
     if not set(options.metrics) & set(ACTIVATION_METRICS):
         return [], []
-    return _check_activations(model, data, options)
+    return _check_activations(model, base, data, options)
 
 
-def _check_activations(model: Path, data: list[Path], options: Options):
-    check_base(model, _load_base(model, options))
+def _check_activations(
+    model: ModelSource, base: ModelSource | None, data: list[Path], options: Options
+) -> tuple[list[Sample], list[Dataset]]:
+    check_base(model, _load_base(model, base))
     if not data:
         raise LlavaRegionError("the activation metrics need data; give --data, or leave them out of --metrics")
     samples, datasets = read_samples(data, options.image_folder, limit=options.limit, seed=options.seed, prompt=options.prompt)
@@ -157,40 +169,37 @@ def _check_activations(model: Path, data: list[Path], options: Options):
         raise LlavaRegionError(
             f"no record has an image, which {images[0]} needs; leave {' and '.join(images)} out of --metrics, or give other data"
         )
-    if any(sample.images for sample in samples) and upstream_of(model) is None:
+    if any(sample.images for sample in samples) and model.upstream is None:
         raise LlavaRegionError(f"{model} is a language model without a vision tower, and the data has images; give data without")
     return samples, datasets
 
 
-def _load_base(model: Path, options: Options) -> Path | None:
+def _load_base(model: ModelSource, base: ModelSource | None) -> ModelSource | None:
     """What `models.load` needs: the base of an adapter; a whole model takes none."""
-    return Path(options.base) if options.base and (model / "adapter_config.json").is_file() else None
+    return base if model.kind == "adapter" else None
 
 
-def _identity(model: Path, datasets, options: Options) -> dict:
+def _identity(model: ModelSource, base: ModelSource | None, datasets: list[Dataset], options: Options) -> dict[str, Any]:
     """What a partial result belongs to, and what the scores file says of its origin."""
     kept = ("metrics", "limit", "seed", "prompt", "batch_size", "instances", "dtype", "template", "attn_implementation")
     chosen = asdict(options)
     return {
-        "model": fingerprint(model),
-        "base": fingerprint(Path(options.base)) if options.base else None,
+        "model": _identity_of(model),
+        "base": _identity_of(base) if base else None,
         "data": [dataset.to_dict() for dataset in datasets],
         "options": {name: chosen[name] for name in kept},
     }
 
 
-def fingerprint(model: Path) -> dict:
-    """A model folder and a hash of its config and of its weight files' names, sizes and times (not of their content: too slow)."""
-    digest = hashlib.sha256((settings_folder(model) / "config.json").read_bytes())
-    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin"), *model.glob("adapter_config.json")]):
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
-    return {"folder": str(model), "fingerprint": digest.hexdigest()}
+def _identity_of(model: ModelSource) -> dict[str, str]:
+    """Where a model lies, and which it is."""
+    return {"folder": str(model), "fingerprint": weights_digest(model)}
 
 
-def _weight_scores(model: Path, options: Options) -> dict[str, dict]:
-    if not set(options.metrics) & set(WEIGHT_METRICS):
+def _weight_scores(model: ModelSource, base: ModelSource | None, options: Options) -> dict[str, dict[str, Any]]:
+    if base is None or not set(options.metrics) & set(WEIGHT_METRICS):
         return {}
-    layers = weight_changes(model, options.base, options.eps)
+    layers = weight_changes(model, base, options.eps)
     metrics = {}
     if "parameter_change" in options.metrics:
         for form in FORMS:
@@ -211,24 +220,27 @@ def _weight_scores(model: Path, options: Options) -> dict[str, dict]:
     return metrics
 
 
-def _activation_scores(model: Path, samples: list[Sample], metrics, out: Path, options: Options, identity: dict):
+def _activation_scores(
+    model: ModelSource, base: ModelSource | None, samples: list[Sample], metrics: Sequence[str], out: Path, options: Options,
+    identity: dict[str, Any],
+) -> tuple[Progress, str]:  # fmt: skip
     """What all processes found, and the dtype that the model ran in."""
     loaded = load(
-        model, _load_base(model, options), device=processes.device(options.device), dtype=options.dtype, template=options.template,
+        model, _load_base(model, base), device=processes.device(options.device), dtype=options.dtype, template=options.template,
         attn_implementation=options.attn_implementation,
     )  # fmt: skip
     batches = [samples[i : i + options.batch_size] for i in range(0, len(samples), options.batch_size)]
-    plan = Plan(batches, metrics, options.prompt, options.instances, out, identity)
+    plan = Plan(batches, tuple(metrics), options.prompt, options.instances, out, identity)
     return run_pass(loaded, plan, options.resume), str(loaded.model.dtype).removeprefix("torch.")
 
 
-def _entry(metric: str, found: Progress, dtype: str, options: Options) -> dict:
+def _entry(metric: str, found: Progress, dtype: str, options: Options) -> dict[str, Any]:
     text = {"prompt": options.prompt} if options.prompt is not None else {"text": "the records' conversations"}
     given = {"score": MEANING[metric], **text, "limit": options.limit, "seed": options.seed, "dtype": dtype}
     return {"scores": found.sums.scores(metric), "options": given, "samples": found.sums.samples(metric)}
 
 
-def _instances(found: Progress, datasets: list[dict]) -> list[dict]:
+def _instances(found: Progress, datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Image attention of single records, by data file, in the file's order."""
     out = []
     for number, dataset in enumerate(datasets):

@@ -4,8 +4,9 @@
      "data": [{"file", "sha256", "records", "used"}], "samples": N,
      "metrics": {NAME: {"scores": [L numbers], "options": {...}, "samples": n or null for weights}},
      "correlation": {NAME: {NAME: Spearman's rho or null}},
-     "instances": [{"data", "records": [numbers], "scores": [[L numbers] a record]}]}
+     "instances": [{"data", "records": [numbers], "scores": [[L numbers] per record]}]}
 
+A fingerprint tells a model by its config and samples of its weights, wherever it lies.
 `llava_region.region` reads it: `--tune_layers scores.json:NAME:8[:spread]`.
 """
 

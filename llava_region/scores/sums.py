@@ -8,7 +8,7 @@ from torch import Tensor
 from llava_region.errors import LlavaRegionError
 from llava_region.scores.block_influence import multimodal_block_influence
 
-# one value a sample and layer each
+# one value per sample and layer each
 QUANTITIES = ("block_influence", "image_cosine", "text_cosine", "angular_distance", "image_attention")
 NEEDED = {
     "block_influence": ("block_influence",),
@@ -25,7 +25,7 @@ class Sums:
         table: (quantities, L + 1); the last column counts the samples.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int) -> None:
         self.table = torch.zeros(len(QUANTITIES), num_layers + 1, dtype=torch.float64)
 
     def add(self, quantity: str, values: Tensor, counted: Tensor) -> None:
@@ -40,6 +40,7 @@ class Sums:
         return row[:-1] / row[-1]
 
     def count(self, quantity: str) -> int:
+        """Samples that counted for a quantity."""
         return int(self.table[QUANTITIES.index(quantity), -1])
 
     def scores(self, metric: str) -> list[float]:

@@ -11,25 +11,25 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-from llava_region.checkpoints.adapter import LoraUpdate, read_adapter
-from llava_region.checkpoints.tensors import Checkpoint, Entry, Stored, bare_name, name_in_backbone
+from llava_region.checkpoints.adapter import LoraUpdate, read_adapter, trained_whole
+from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.tensors import Entry, Stored, name_in_backbone
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
-from llava_region.region import num_layers_of
 
 READ_ELEMENTS = 1 << 22
 SUM_ELEMENTS = 1 << 18  # stays in a core's cache through the sums, and short enough for them in fp32
 WORKERS = min(4, os.cpu_count() or 1)
 _one_at_a_time = Lock()  # `.bin` files are mapped anew while they are read
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class _Pair(NamedTuple):
     update: LoraUpdate | None = None
 
 
-def weight_changes(model: str | Path, base: str | Path, eps: float) -> list[list[TensorChange]]:
-    """What changed in each decoder layer: one list of tensors a layer.
+def weight_changes(model: ModelLike, base: ModelLike, eps: float) -> list[list[TensorChange]]:
+    """What changed in each decoder layer: one list of tensors per layer.
 
     Args:
         model: a LLaVA or Bunny checkpoint, or a LoRA run (not merged).
@@ -74,8 +74,9 @@ def weight_changes(model: str | Path, base: str | Path, eps: float) -> list[list
     Raises:
         LlavaRegionError: not checkpoints, or their decoder layers do not match tensor for tensor.
     """
-    pairs = _pairs(Path(model), Path(base))
-    num_layers = num_layers_of(base)
+    model, base = ModelSource.of(model), ModelSource.of(base)
+    pairs = _pairs(model, base)
+    num_layers = base.num_layers
     layers: list[list[TensorChange]] = [[] for _ in range(num_layers)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors go over the cores, not the elements of one
@@ -91,14 +92,14 @@ def weight_changes(model: str | Path, base: str | Path, eps: float) -> list[list
     return layers
 
 
-def _pairs(model: Path, base: Path) -> list[_Pair]:
+def _pairs(model: ModelSource, base: ModelSource) -> list[_Pair]:
     """Every tensor of the backbone's decoder layers with its counterpart, in the backbone's order."""
-    backbone = Checkpoint(base)
+    backbone = base.checkpoint
     wanted = {name: layer for name in backbone if (layer := layer_index(name)) is not None and not name.endswith("inv_freq")}
-    if (model / "adapter_config.json").is_file():
+    if model.kind == "adapter":
         tuned, updates = _lora_run(model)
     else:
-        tuned, updates = _decoder_tensors(Checkpoint(model)), {}
+        tuned, updates = _decoder_tensors(model.checkpoint), {}
         missing = sorted(wanted.keys() - _known(tuned, wanted, model, base).keys())
         if missing:
             raise LlavaRegionError(f"{model} lacks {missing[0]} ({len(missing)} tensors) that {base} has; give the model's own backbone")
@@ -109,28 +110,27 @@ def _pairs(model: Path, base: Path) -> list[_Pair]:
     return pairs
 
 
-def _lora_run(folder: Path) -> tuple[dict[str, Entry], dict[str, LoraUpdate]]:
-    """Decoder tensors that a run trained whole (beside the adapter), and its LoRA updates, by name of the weight."""
-    adapter = read_adapter(folder)
-    beside = folder / "non_lora_trainables.bin"
-    whole = {bare_name(name): entry for name, entry in Checkpoint(beside).items()} if beside.is_file() else {}
-    return _decoder_tensors({**adapter.tensors, **whole}), {f"{module}.weight": update for module, update in adapter.updates.items()}
+def _lora_run(run: ModelSource) -> tuple[dict[str, Entry], dict[str, LoraUpdate]]:
+    """Decoder tensors that a run trained whole, without LoRA, and its LoRA updates, by name of the weight."""
+    adapter = read_adapter(run)
+    updates = {f"{module}.weight": update for module, update in adapter.updates.items()}
+    return _decoder_tensors(trained_whole(run, adapter)), updates
 
 
 def _decoder_tensors(tensors: Mapping[str, Entry]) -> dict[str, Entry]:
     return {name: tensors[name] for name in tensors if layer_index(name) is not None and not name.endswith("inv_freq")}
 
 
-def _known(tensors: Mapping, wanted: Mapping, model: Path, base: Path) -> dict:
+def _known(tensors: Mapping[str, T], wanted: Mapping[str, int], model: ModelSource, base: ModelSource) -> dict[str, T]:
     """The same under the backbone's names."""
-    names = {name: name_in_backbone(name, wanted) for name in tensors}
-    unknown = [name for name, own in names.items() if own is None]
+    found = {own: tensors[name] for name in tensors if (own := name_in_backbone(name, wanted)) is not None}
+    unknown = [name for name in tensors if name_in_backbone(name, wanted) is None]
     if unknown:
         raise LlavaRegionError(f"{base} lacks {unknown[0]} ({len(unknown)} tensors) that {model} has; give the model's own backbone")
-    return {own: tensors[name] for name, own in names.items()}
+    return found
 
 
-def _check(pair: _Pair, model: Path, base: Path) -> None:
+def _check(pair: _Pair, model: ModelSource, base: ModelSource) -> None:
     """Refuse tensors of different shapes, and quantised ones."""
     shape = pair.base.shape
     other = pair.tuned.shape if pair.tuned else pair.update.shape_for(shape) if pair.update else shape
@@ -162,7 +162,7 @@ def _change(pair: _Pair, eps: float) -> TensorChange:
 
 
 def _delta_reader(pair: _Pair) -> Callable[[int, int], tuple[Tensor, bool]]:
-    """A function from a range of rows to what stands against them: theta' and False, or delta itself and True."""
+    """A function from a range of rows to what they become: theta' and False, or delta itself and True."""
     if pair.update:
         update = pair.update
         a, b = update.a.load().float(), update.b.load().float()

@@ -8,42 +8,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter
+from llava_region import upstreams
+from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter, trained_whole
 from llava_region.checkpoints.model_folder import (
-    TOKENIZER_FILES,
     ModelFolder,
     cast,
     check_output,
     check_same_shape,
-    locate,
     main_dtype,
     read_model,
-    read_region,
     side_files,
     write_model,
 )
-from llava_region.checkpoints.tensors import Checkpoint, Computed, Entry, bare_name
-from llava_region.decoder import is_projector, is_vision, layer_index
+from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.tensors import Computed, Entry
+from llava_region.decoder import declared, is_projector, is_vision, layer_index, part_of
 from llava_region.errors import LlavaRegionError
-from llava_region.files import output_folder, read_json
-from llava_region.models.loading import settings_folder
-from llava_region.run_files import WEIGHT_FILES
-
-NON_LORA, COST = "non_lora_trainables.bin", "cost.json"
-# The class that upstream's save_pretrained would name for each model_type.
-ARCHITECTURES = {
-    "llava": "LlavaLlamaForCausalLM", "llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM",
-    "llava_mpt": "LlavaMptForCausalLM", "bunny-llama": "BunnyLlamaForCausalLM", "bunny-minicpm": "BunnyMiniCPMForCausalLM",
-    "bunny-phi": "BunnyPhiForCausalLM", "bunny-phi3": "BunnyPhi3ForCausalLM", "bunny-qwen2": "BunnyQwen2ForCausalLM",
-    "bunny-stablelm": "BunnyStableLMForCausalLM",
-}  # fmt: skip
+from llava_region.files import output_folder
+from llava_region.run_files import ADAPTER_CONFIG_FILE, COST_FILE, NON_LORA_FILE, TOKENIZER_FILES
 
 
-def merge(run: str | Path, out: str | Path, base: str | Path | None = None, *, force: bool = False) -> dict:
-    """Write the full model that a LoRA run stands for; it loads in upstream's `load_pretrained_model` without a base.
+def merge(run: ModelLike, out: str | Path, base: ModelLike | None = None, *, force: bool = False) -> dict[str, Any]:
+    """Write the full model that a LoRA run amounts to; it loads in upstream's `load_pretrained_model` without a base.
 
     Args:
         run: output folder of a LoRA run, or a `checkpoint-N` in it.
@@ -59,14 +49,16 @@ def merge(run: str | Path, out: str | Path, base: str | Path | None = None, *, f
     Raises:
         LlavaRegionError: not a LoRA run, another base, a damaged file, or something trained that has no place in the base.
     """
-    model, remarks = merged_model(run, base)
-    check_output(out, (run, model.path), force)
+    source = ModelSource.of(run)
+    model, remarks = merged_model(source, base)
+    check_output(out, (source.path, model.path), force)
     with output_folder(out, force) as folder:
         size = write_model(model, folder, "merging")
     changed = [name for name, entry in model.tensors.items() if isinstance(entry, Computed) and isinstance(entry.load, _Merged)]
     return {
         "out": str(out), "run": str(run), "base": str(base or model.path), "merged": len(changed),
-        "layers": sorted({layer_index(name) for name in changed} - {None}), "copied": len(model.tensors) - len(changed),
+        "layers": sorted({layer for name in changed if (layer := layer_index(name)) is not None}),
+        "copied": len(model.tensors) - len(changed),
         "bytes": size, "remarks": remarks,
     }  # fmt: skip
 
@@ -82,64 +74,55 @@ class _Merged:
         return self.update.apply(self.weight.load())
 
 
-def merged_model(run: str | Path, base: str | Path | None = None) -> tuple[ModelFolder, list[str]]:
-    """The full model that a LoRA run stands for, no tensor computed yet, and remarks for the user. See `merge`."""
-    run = locate(run)
+def merged_model(run: ModelLike, base: ModelLike | None = None) -> tuple[ModelFolder, list[str]]:
+    """The full model that a LoRA run amounts to, no tensor computed yet, and remarks for the user. See `merge`."""
+    run = ModelSource.of(run)
     _refuse_full(run)
     adapter = read_adapter(run)
-    settings = settings_folder(run)
-    config, region = read_json(settings / "config.json"), read_region(settings)
-    if config.get("model_type") not in ARCHITECTURES:
+    config, region, known = run.config, run.region, upstreams.architectures()
+    if config.get("model_type") not in known:
         raise LlavaRegionError(
-            f"{run} is no LLaVA or Bunny run: its model_type is '{config.get('model_type')}'; allowed: {', '.join(ARCHITECTURES)}"
+            f"{run} is not a {upstreams.titles()} run: its model_type is '{config.get('model_type')}'; allowed: {', '.join(known)}"
         )
     base = base or (region or {}).get("base_model") or adapter.config.get("base_model_name_or_path")
     if not base:
         raise LlavaRegionError(f"{run} names no base model; give the one it was trained on with --base")
     model = read_model(base)
     check_same_shape(config, model.config, (f"the run {run}", f"the base {base}"))
-    tensors = _with_trained(model.tensors, {**_trained_beside(run), **adapter.tensors}, run, base)
+    if run.besides_file is None:
+        raise LlavaRegionError(
+            f"{run} holds no {NON_LORA_FILE} (the trained projector; upstream writes it only when a run ends); "
+            "give a checkpoint that has it"
+        )
+    tensors = _with_trained(model.tensors, trained_whole(run, adapter), run, base)
     tensors = _with_updates(tensors, adapter, base)
     _check_vocabulary(tensors, config, run, base)
     if not any(map(is_projector, tensors)):
-        raise LlavaRegionError(
-            f"neither {run} nor {base} holds a projector (mm_projector), so the merged model could not see; give the whole run"
-        )
+        raise LlavaRegionError(f"neither {run} nor {base} holds a projector, so the merged model could not see; give the whole run")
     if region is not None:
         region = {**region, "merged_from": {"run": str(run), "base": str(base)}}
-    remarks = _remarks(config, region)
-    merged = replace(
-        model, config=_merged_config(config, tensors), tensors=tensors, region=region, side_files=_side_files(run, model, config)
-    )
-    return merged, remarks
+    merged = replace(model, config=_merged_config(config, tensors), tensors=tensors, region=region, side_files=_side_files(run, model))
+    return merged, _remarks(config, region)
 
 
-def _refuse_full(run: Path) -> None:
-    if (run / "adapter_config.json").is_file():
-        return
-    if any((run / name).is_file() for name in WEIGHT_FILES):
+def _refuse_full(run: ModelSource) -> None:
+    if run.kind == "whole":
         raise LlavaRegionError(
             f"{run} is a whole model already (full tuning, or merged before): there is nothing to merge, use it as it is"
         )
-    raise LlavaRegionError(f"{run} is no LoRA run: it holds no adapter_config.json; give the output folder of one, or a checkpoint-N in it")
-
-
-def _trained_beside(run: Path) -> dict[str, Entry]:
-    """What was trained beside the adapter (projector, unfrozen vision tower, resized embeddings), by name in the bare model."""
-    if not (run / NON_LORA).is_file():
+    if run.kind != "adapter":
         raise LlavaRegionError(
-            f"{run} holds no {NON_LORA} (the trained projector; upstream writes it only when a run ends); give a checkpoint that has it"
+            f"{run} is not a LoRA run: it holds no {ADAPTER_CONFIG_FILE}; give the output folder of one, or a checkpoint-N in it"
         )
-    return {bare_name(name): entry for name, entry in Checkpoint(run / NON_LORA).items()}
 
 
-def _with_updates(tensors: Mapping[str, Entry], adapter: Adapter, base) -> dict[str, Entry]:
+def _with_updates(tensors: Mapping[str, Entry], adapter: Adapter, base: ModelLike) -> dict[str, Entry]:
     merged = dict(tensors)
     for module, update in adapter.updates.items():
         name = f"{module}.weight"
         weight = tensors.get(name)
         if weight is None:
-            tied = "; its lm_head is tied to the embeddings" if module == "lm_head" else ""
+            tied = f"; its {module} is tied to the embeddings" if module in declared().head else ""
             raise LlavaRegionError(f"the adapter updates '{name}', which {base} does not hold{tied}; give the base the run was trained on")
         if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
             raise LlavaRegionError(f"'{name}' of {base} is quantised ({weight.dtype}); give the base in 16 or 32 bit")
@@ -152,59 +135,68 @@ def _with_updates(tensors: Mapping[str, Entry], adapter: Adapter, base) -> dict[
     return merged
 
 
-def _with_trained(tensors: Mapping[str, Entry], trained: Mapping[str, Entry], run, base) -> dict[str, Entry]:
-    """Put tensors that were trained whole in their place; the projector and the vision tower may be new."""
+def _with_trained(tensors: Mapping[str, Entry], trained: Mapping[str, Entry], run: ModelSource, base: ModelLike) -> dict[str, Entry]:
+    """Put tensors that were trained whole in their place; the projector and the vision tower may be new.
+
+    Raises:
+        LlavaRegionError: one that belongs to no known part of a model, has no place in the base, or does not fit it.
+    """
     merged = dict(tensors)
     dtype = main_dtype(tensors)
     for name, entry in trained.items():
         old = tensors.get(name)
-        if old is None and not (is_projector(name) or is_vision(name)):
+        if part_of(name) not in ("projector", "vision") and old is None:
             raise LlavaRegionError(f"{run} trained '{name}', which {base} does not hold; give the base the run was trained on")
         if 0 in entry.shape:
             raise LlavaRegionError(f"'{name}' in {run} is empty, as ZeRO-3 leaves it when a run is not saved whole; save the run again")
-        resized = _is_vocabulary(name) and old is not None and entry.shape[1:] == old.shape[1:]
+        resized = _is_vocabulary(name, tensors) and old is not None and entry.shape[1:] == old.shape[1:]
         if old is not None and entry.shape != old.shape and not resized:
             raise LlavaRegionError(f"'{name}' has shape {old.shape} in {base} and {entry.shape} in {run}; give the base of the run")
         merged[name] = cast(entry, old.dtype if old is not None else dtype)
     return merged
 
 
-def _is_vocabulary(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias", "transformer.wte.weight")) and not is_vision(name)
+def _is_vocabulary(name: str, tensors: Mapping[str, Entry]) -> bool:
+    """Whether a tensor has a row for each token: embeddings, head and the head's bias, but not the final norm, which is a vector."""
+    ends = {*declared().embeddings, *declared().head}
+    if is_vision(name) or layer_index(name) is not None or not ends & set(name.split(".")):
+        return False
+    weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
+    return weight is not None and len(weight.shape) == 2
 
 
-def _check_vocabulary(tensors: Mapping[str, Entry], config: dict, run, base) -> None:
+def _check_vocabulary(tensors: Mapping[str, Entry], config: Mapping[str, Any], run: ModelSource, base: ModelLike) -> None:
     for name, entry in tensors.items():
-        if _is_vocabulary(name) and entry.shape[0] != config.get("vocab_size", entry.shape[0]):
+        if _is_vocabulary(name, tensors) and entry.shape[0] != config.get("vocab_size", entry.shape[0]):
             raise LlavaRegionError(
                 f"{run} has a vocabulary of {config['vocab_size']}, but '{name}' of {base} has {entry.shape[0]} rows "
-                f"and {NON_LORA} does not replace it; give the base of the run"
+                f"and {NON_LORA_FILE} does not replace it; give the base of the run"
             )
 
 
-def _merged_config(config: dict, tensors: Mapping[str, Entry]) -> dict:
-    config = {**config, "architectures": [ARCHITECTURES[config["model_type"]]], "use_cache": True}
+def _merged_config(config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, Any]:
+    config = {**config, "architectures": [upstreams.architectures()[config["model_type"]]], "use_cache": True}
     config["torch_dtype"] = str(main_dtype(tensors)).removeprefix("torch.")
     config.pop("quantization_config", None)
     return config
 
 
-def _remarks(config: dict, region: dict | None) -> list[str]:
+def _remarks(config: Mapping[str, Any], region: dict | None) -> list[str]:
     quantised = config.get("quantization_config") or (region or {}).get("mode") == "qlora"
     return ["trained on a quantised base (QLoRA), merged onto the base in its own type: answers may differ slightly"] if quantised else []
 
 
-def _side_files(run: Path, base: ModelFolder, config: dict) -> dict[str, Path]:
+def _side_files(run: ModelSource, base: ModelFolder) -> dict[str, Path]:
     """The base's tokenizer and code, as upstream takes them; the run's tokenizer where training resized the vocabulary; its cost."""
 
-    def has_tokenizer(files) -> bool:
+    def has_tokenizer(files: Mapping[str, Path]) -> bool:
         return any(name in files for name in TOKENIZER_FILES)
 
-    own = side_files(run)
-    resized = config.get("vocab_size") != base.config.get("vocab_size")
+    own = side_files(run.path)
+    resized = run.config.get("vocab_size") != base.config.get("vocab_size")
     if has_tokenizer(own) and (resized or not has_tokenizer(base.side_files)):
         files = {**{name: file for name, file in base.side_files.items() if file.suffix == ".py"}, **own}
     else:
         files = base.side_files
-    cost = settings_folder(run) / COST  # of this training, not of the base's
-    return {**{name: file for name, file in files.items() if name != COST}, **({COST: cost} if cost.is_file() else {})}
+    cost = run.settings / COST_FILE  # of this training, not of the base's
+    return {**{name: file for name, file in files.items() if name != COST_FILE}, **({COST_FILE: cost} if cost.is_file() else {})}

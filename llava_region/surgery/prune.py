@@ -8,24 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from llava_region.checkpoints.model_folder import ModelFolder, check_output, locate, read_model, write_model
+from llava_region.checkpoints.model_folder import ModelFolder, check_output, read_model, write_model
+from llava_region.checkpoints.source import LAYER_COUNT_KEYS, ModelLike, ModelSource
 from llava_region.decoder import layer_index, with_layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder
 from llava_region.region import Region, read_scores
+from llava_region.run_files import REGION_FILE
 from llava_region.surgery.merge import merged_model
 from llava_region.surgery.self_check import self_test
 
-# Lists of the config that are not one entry a decoder layer, whatever their length is.
+# Lists of the config that do not have one entry per decoder layer, whatever their length is.
 _NOT_PER_LAYER = ("architectures", "image_grid_pinpoints", "eos_token_id", "reverted_layers")
 
 
 def prune(
-    model: str | Path, out: str | Path, *, drop: int | None = None, scores: str | Path | None = None,
-    layers: str | Iterable[int] | None = None, protect: str | Iterable[int] | None = None, base: str | Path | None = None,
+    model: ModelLike, out: str | Path, *, drop: int | None = None, scores: str | Path | None = None,
+    layers: str | Iterable[int] | None = None, protect: str | Iterable[int] | None = None, base: ModelLike | None = None,
     force: bool = False, check: bool = True,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Write the model without some of its decoder layers, the others renumbered.
 
     Give either `drop` and `scores`, or `layers`.
@@ -48,16 +51,17 @@ def prune(
     Raises:
         LlavaRegionError: not a model, a damaged one, layers or scores that do not fit, or the self test failed.
     """
-    path, remarks = locate(model), []
-    if (path / "adapter_config.json").is_file():
-        whole, remarks = merged_model(path, base)
+    source, remarks = ModelSource.of(model), []
+    if source.kind == "adapter":
+        whole, remarks = merged_model(source, base)
     elif base is not None:
-        raise LlavaRegionError(f"{model} is no LoRA run, so it takes no base; leave out --base")
+        raise LlavaRegionError(f"{model} is not a LoRA run, so it takes no base; leave out --base")
     else:
-        whole = read_model(path)
-    check_output(out, (path, whole.path), force)
+        whole = read_model(source)
+    check_output(out, (source.path, whole.path), force)
     dropped = layers_to_drop(whole, drop=drop, scores=scores, layers=layers, protect=protect)
     pruned = without_layers(whole, dropped)
+    assert pruned.region is not None
     with output_folder(out, force) as folder:
         size = write_model(pruned, folder, "pruning")
         if check:
@@ -69,22 +73,25 @@ def prune(
     }  # fmt: skip
 
 
-def layers_to_drop(model: ModelFolder, *, drop=None, scores=None, layers=None, protect=None) -> tuple[int, ...]:
+def layers_to_drop(
+    model: ModelFolder, *, drop: int | None = None, scores: str | Path | None = None,
+    layers: str | Iterable[int] | None = None, protect: str | Iterable[int] | None = None,
+) -> tuple[int, ...]:  # fmt: skip
     """The layers that `prune` drops, ascending; arguments as there.
 
     Raises:
         LlavaRegionError: the arguments contradict each other or do not fit the model.
     """
     count = model.num_layers
-    if (drop is None) == (layers is None):
-        raise LlavaRegionError("say what to drop: --drop K with --scores FILE, or --layers SPEC")
-    if layers is not None:
+    if layers is not None and drop is None:
         if scores is not None or protect is not None:
             raise LlavaRegionError("--layers drops exactly those, so it goes without --scores and --protect")
         chosen = _indices(layers, count)
         if len(chosen) == count:
             raise LlavaRegionError(f"all {count} decoder layers would be dropped; keep at least one")
         return chosen
+    if drop is None or layers is not None:
+        raise LlavaRegionError("say what to drop: --drop K with --scores FILE, or --layers SPEC")
     if scores is None:
         raise LlavaRegionError("--drop needs --scores FILE; write one with 'llava-region score', or name layers with --layers")
     kept = _protected(model, protect)
@@ -102,18 +109,19 @@ def _indices(layers: str | Iterable[int], num_layers: int) -> tuple[int, ...]:
     return Region.parse(layers if isinstance(layers, str) else ",".join(map(str, layers)), num_layers).layers
 
 
-def _protected(model: ModelFolder, protect) -> tuple[int, ...]:
+def _protected(model: ModelFolder, protect: str | Iterable[int] | None) -> tuple[int, ...]:
     if isinstance(protect, str) and protect.strip() == "none":
         return ()
     if protect is not None:
         return _indices(protect, model.num_layers)
     if model.region is None:
         raise LlavaRegionError(
-            f"{model.path} holds no region.json, so no region is known to protect; give --protect SPEC, or --protect none"
+            f"{model.path} holds no {REGION_FILE}, so no region is known to protect; give --protect SPEC, or --protect none"
         )
     if model.region.get("num_layers") != model.num_layers:
         raise LlavaRegionError(
-            f"region.json of {model.path} is for {model.region.get('num_layers')} layers, the model has {model.num_layers}; give --protect"
+            f"{REGION_FILE} of {model.path} is for {model.region.get('num_layers')} layers, the model has {model.num_layers}; "
+            "give --protect"
         )
     return tuple(model.region.get("layers") or ())
 
@@ -137,16 +145,16 @@ def without_layers(model: ModelFolder, dropped: Iterable[int]) -> ModelFolder:
     return replace(model, tensors=tensors, config=config, region=region)
 
 
-def _pruned_config(config: dict, kept: list[int], num_layers: int) -> dict:
-    """The config for the kept layers: their count, and every list with one entry a layer."""
+def _pruned_config(config: dict[str, Any], kept: list[int], num_layers: int) -> dict[str, Any]:
+    """The config for the kept layers: their count, and every list with one entry per layer."""
     config = dict(config)
     for key, value in config.items():
-        if key in ("num_hidden_layers", "n_layers", "n_layer"):
+        if key in LAYER_COUNT_KEYS:
             config[key] = len(kept)
-        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
-            config[key] = [value[i] for i in kept]
         elif key == "max_window_layers":  # Qwen2: where sliding windows begin or end
             config[key] = sum(i < value for i in kept)
+        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
+            config[key] = [value[i] for i in kept]
         elif key == "reverted_layers":
             config[key] = _renumbered(value, kept)
     return config

@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.model_folder import ModelFolder, cast, check_output, check_same_shape, read_model, write_model
+from llava_region.checkpoints.source import ModelLike
 from llava_region.checkpoints.tensors import Entry, name_in_backbone
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder
 from llava_region.region import Region
 
-# Computed from the config: some checkpoints store it, some don't, loading ignores it.
+if TYPE_CHECKING:
+    import torch
+
+# Computed from the config: some checkpoints store it, some do not, loading ignores it.
 _NOT_TRAINED = "rotary_emb.inv_freq"
 
 
-def revert(model: str | Path, base: str | Path, layers: str | Iterable[int], out: str | Path, *, force: bool = False) -> dict:
+def revert(model: ModelLike, base: ModelLike, layers: str | Iterable[int], out: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Write the model with the given decoder layers as they are in the backbone; the rest, projector included, stays.
 
     Args:
@@ -61,7 +66,9 @@ def chosen_layers(layers: str | Iterable[int], num_layers: int) -> tuple[int, ..
     return () if layers.strip() == "none" else Region.parse(layers, num_layers).layers
 
 
-def backbone_tensors(tuned: Mapping[str, Entry], backbone: Mapping[str, Entry], layers: Iterable[int], base) -> dict[str, Entry]:
+def backbone_tensors(
+    tuned: Mapping[str, Entry | torch.Tensor], backbone: Mapping[str, Entry], layers: Iterable[int], base: ModelLike
+) -> dict[str, Entry]:
     """The backbone's tensors of the given decoder layers, under the tuned model's names and in its types.
 
     Args:
@@ -88,7 +95,7 @@ def backbone_tensors(tuned: Mapping[str, Entry], backbone: Mapping[str, Entry], 
     return found
 
 
-def _noted(model: ModelFolder, layers: tuple[int, ...], base) -> ModelFolder:
+def _noted(model: ModelFolder, layers: tuple[int, ...], base: ModelLike) -> ModelFolder:
     """Note the reverted layers, with those of earlier reverts, in config and region."""
     if not layers:
         return model

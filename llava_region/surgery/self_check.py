@@ -7,8 +7,14 @@ differently with the cache, or not at all.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava_region.errors import LlavaRegionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_region.models.loaded import Embedded, LoadedModel
 
 NEW_TOKENS = 8
 _HINT = "; --no-self-test skips this"
@@ -39,13 +45,13 @@ def self_test(folder: str | Path) -> None:
         raise LlavaRegionError(f"the self test failed, nothing was written: tokens {cached} with the cache, {plain} without{_HINT}")
 
 
-def _picture(loaded):
+def _picture(loaded: LoadedModel) -> torch.Tensor:
     from PIL import Image
 
     return loaded.pixel_values(Image.linear_gradient("L").convert("RGB"))
 
 
-def _with_cache(model, batch) -> list[int]:
+def _with_cache(model: Any, batch: Embedded) -> list[int]:
     """Token ids of a greedy answer, one token a step on top of the cache."""
     import torch
 
@@ -60,7 +66,7 @@ def _with_cache(model, batch) -> list[int]:
     return tokens
 
 
-def _without_cache(model, batch) -> list[int]:
+def _without_cache(model: Any, batch: Embedded) -> list[int]:
     """Token ids of a greedy answer, the whole sequence anew for each token."""
     import torch
 

@@ -151,7 +151,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(LlavaRegionError, match="not a checkpoint"):
         Checkpoint(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(LlavaRegionError, match="no weights file"):
+    with pytest.raises(LlavaRegionError, match="not a weights file"):
         Checkpoint(tmp_path / "notes.txt")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(LlavaRegionError, match="is a LoRA run"):

@@ -17,12 +17,12 @@ pytest.importorskip("llava.model")
 import torch
 
 from llava_region import tasks
+from llava_region.checkpoints.identity import weights_digest
 from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation import evaluate as evaluation
-from llava_region.evaluation.answers_folder import weights_digest
 from llava_region.evaluation.evaluate import batches, evaluate, score_predictions
-from llava_region.models.loading import LoadedModel, load
+from llava_region.models import LoadedModel, load
 from llava_region.tasks import mmlu
 from tests.helpers.data_roots import save_picture, write_all, write_mmlu
 

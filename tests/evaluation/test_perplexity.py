@@ -14,7 +14,7 @@ from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.perplexity import Likelihood, parse_sweep, perplexity, sweep
 from llava_region.evaluation.perplexity_plot import rises
-from llava_region.models.loading import load
+from llava_region.models import load
 
 
 @pytest.fixture(scope="module")

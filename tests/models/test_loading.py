@@ -12,8 +12,9 @@ pytest.importorskip("llava.model")
 import torch
 from PIL import Image
 
+from llava_region.checkpoints.source import ModelSource
 from llava_region.errors import LlavaRegionError
-from llava_region.models.loading import IGNORE, load, upstream_of
+from llava_region.models import IGNORE, load
 
 PATCHES = 16  # image tokens an image has in the tiny vision tower
 
@@ -108,7 +109,7 @@ def test_any_folder_name_will_do_and_a_checkpoint_borrows_the_runs_config(lora_r
     (run / "checkpoint-3" / "config.json").rename(run / "config.json")
     ours = load(run / "checkpoint-3", tiny.backbone, device="cpu")
     assert ours.upstream == "llava" and ours.template == "vicuna_v1" and ours.num_layers == 8
-    assert upstream_of(tiny.backbone) is None
+    assert ModelSource.of(tiny.backbone).upstream is None
 
 
 def test_a_pretrained_projector_loads_on_its_backbone(lora_run, tiny, tmp_path):

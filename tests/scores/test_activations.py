@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava_region.models.loading import load
+from llava_region.models import load
 from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
 from llava_region.scores.image_attention import image_attention

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from llava_region import cli
+from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
 from llava_region.scores import pass_over_data
-from llava_region.scores.score import METRICS
+from llava_region.scores.score import METRICS, Options
 from tests.helpers.scores_reference import mixed_records
 from tests.helpers.training_runs import LORA, environment, llava_flags
 
@@ -205,10 +208,14 @@ def test_a_resume_with_anything_else_is_refused(tiny, llava_checkpoint, tmp_path
     if change == "data":
         data.write_text(data.read_text() + " ")
     elif change == "model":
-        model = tmp_path / "llava-other"
-        model.mkdir()
-        for path in llava_checkpoint.iterdir():
-            (model / path.name).write_bytes(path.read_bytes())
+        model = Path(shutil.copytree(llava_checkpoint, tmp_path / "llava-other"))
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)  # the weights' last byte, and with the same size and times
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 1]))
+        times = (llava_checkpoint / "model.safetensors").stat()
+        os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     else:
         argv |= {"batch-size": 4} if change == "batch-size" else {"limit": 9} if change == "limit" else {"metrics": "angular_distance"}
     assert run(model, *flags(tiny, out, "--resume", **argv)) == 2
@@ -216,6 +223,36 @@ def test_a_resume_with_anything_else_is_refused(tiny, llava_checkpoint, tmp_path
     assert f"made with another {named}" in capsys.readouterr().err
     assert (tmp_path / "scores.json.partial").read_bytes() == before
     assert run(model, *flags(tiny, out, "--force", **argv)) == 0
+
+
+def test_a_copy_of_the_model_on_another_disk_goes_on(tiny, llava_checkpoint, whole, tmp_path, monkeypatch):
+    """What a model is does not depend on where it lies or when its files were written."""
+    out = tmp_path / "scores.json"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        assert run(llava_checkpoint, *flags(tiny, out, base=tiny.backbone)) == 130
+    model, base = (shutil.copytree(path, tmp_path / path.name, copy_function=shutil.copyfile) for path in (llava_checkpoint, tiny.backbone))
+    assert (model / "model.safetensors").stat().st_mtime_ns != (llava_checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert run(model, *flags(tiny, out, "--resume", base=base)) == 0
+    same_scores(out, whole)
+    written, expected = (json.loads(path.read_text()) for path in (out, whole))
+    for name, folder in (("model", model), ("base", base)):
+        assert written[name] == {"folder": str(folder), "fingerprint": expected[name]["fingerprint"]}
+
+
+def test_what_an_older_version_left_is_refused_with_the_reason(tiny, llava_checkpoint, tmp_path, monkeypatch, capsys):
+    """It told models apart by the times of their files, so it is not certain that the files are the same."""
+    out = tmp_path / "scores.json"
+    argv = [llava_checkpoint, *flags(tiny, out, metrics="block_influence", limit=8)]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        assert run(*argv) == 130
+    partial = tmp_path / "scores.json.partial"
+    data = json.loads(partial.read_text())
+    data["identity"]["model"]["fingerprint"] = hashlib.sha256(b"names, sizes and times").hexdigest()
+    partial.write_text(json.dumps(data))
+    assert run(*argv, "--resume") == 2
+    assert "or by a version that told models apart by the times of their files" in capsys.readouterr().err
 
 
 def test_a_damaged_partial_file_is_refused(tiny, llava_checkpoint, tmp_path, monkeypatch, capsys):
@@ -283,10 +320,12 @@ def test_two_processes_interrupted_and_resumed_by_one(tiny, llava_checkpoint, wh
     [
         ({"metrics": "nonsense"}, "unknown metric 'nonsense'"),
         ({"out": "scores.txt"}, "has to end in .json"),
-        ({"limit": 0}, "--limit is 0"),
-        ({"batch-size": 0}, "--batch-size is 0"),
+        ({"limit": 0}, "Invalid value for '--limit'"),
+        ({"batch-size": 0}, "Invalid value for '--batch-size'"),
+        ({"instances": -1}, "Invalid value for '--instances'"),
         ({"top": 9}, "--top is 9; allowed: 1 to 8"),
-        ({"eps": -1}, "--eps is -1"),
+        ({"eps": -1}, "Invalid value for '--eps'"),
+        ({"eps": "nan"}, "--eps"),
         ({"dtype": "int3"}, "unknown dtype 'int3'"),
         ({"image-folder": None}, "--image-folder"),
         ({"image-folder": "nowhere"}, "images are missing"),
@@ -306,6 +345,21 @@ def test_bad_input_is_one_line_and_nothing_is_written(tiny, llava_checkpoint, tm
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"limit": 0}, "--limit is 0; allowed: 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0; allowed: 1 or more"),
+        ({"instances": -1}, "--instances is -1; allowed: 0 or more"),
+        ({"eps": -1}, "--eps is -1; allowed: 0 or more"),
+        ({"eps": math.nan}, "--eps is nan; allowed: 0 or more"),
+    ],
+)
+def test_code_that_calls_score_is_held_to_the_same_bounds(bad, message):
+    with pytest.raises(LlavaRegionError, match=message):
+        Options(**bad)
 
 
 @pytest.mark.parametrize(

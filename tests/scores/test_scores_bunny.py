@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_region.decoder import find_decoder_layers
-from llava_region.models.loading import load
+from llava_region.models import load
 from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
 from llava_region.scores.pass_over_data import Plan, run_pass

@@ -13,6 +13,7 @@ from llava_region.scores import weight_changes as module
 from llava_region.scores.angular_distance_weights import angular_distance_weights
 from llava_region.scores.parameter_change import masked, parameter_change
 from llava_region.scores.weight_changes import weight_changes
+from llava_region.surgery.merge import merge
 from tests.helpers.finished_models import write_lora_run
 
 EPS = 2.0**-13
@@ -124,6 +125,19 @@ def test_rslora_and_tensors_trained_beside_the_adapter(tiny, tmp_path):
             tuned[name] = base[name].double() + (tuned[name] - base[name].double()) * math.sqrt(config["r"])
     tuned[norm] = base[norm].double() * 3
     agree(metrics(weight_changes(run, tiny.backbone, EPS)), whole_state_dicts(tuned, base))
+
+
+def test_a_tensor_in_both_files_of_a_run_counts_as_it_is_merged(tiny, tmp_path):
+    """In the adapter's file and next to it: PEFT loads the adapter's last."""
+    run, norm = write_lora_run(tiny, tmp_path / "llava-tiny-lora", layers=(2,)), "base_model.model.model.layers.2.input_layernorm.weight"
+    for file, factor in ((run / "adapter_model.safetensors", 3.0), (run / "non_lora_trainables.bin", 2.0)):
+        stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        (save_file if file.suffix == ".safetensors" else torch.save)({**stored, norm: torch.full((64,), factor)}, file)
+    merge(run, tmp_path / "merged", tiny.backbone)
+    assert load_file(tmp_path / "merged/model.safetensors")[norm.removeprefix("base_model.model.")].eq(3).all()
+    found, expected = (metrics(weight_changes(folder, tiny.backbone, 0.0)) for folder in (run, tmp_path / "merged"))
+    for name in ("elementwise", "norm", "l1", "angle"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
 def test_untouched_layers_score_exactly_zero(tiny, states, llava_checkpoint, tmp_path):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_region.checkpoints.model_folder import locate, savable
-from llava_region.checkpoints.tensors import Checkpoint
+from llava_region.checkpoints.model_folder import savable
+from llava_region.checkpoints.source import locate
+from llava_region.checkpoints.tensors import Checkpoint, Computed
 from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
-from llava_region.surgery.merge import merge
+from llava_region.surgery.merge import _is_vocabulary, merge
 from llava_region.surgery.revert import revert
 from tests.helpers.finished_models import llava_model, write_lora_run
 
@@ -196,7 +197,6 @@ def run(lora_run, tmp_path) -> Path:
 
 def test_fan_in_fan_out_where_the_weight_is_stored_so():
     from llava_region.checkpoints.adapter import LoraUpdate
-    from llava_region.checkpoints.tensors import Computed
 
     torch.manual_seed(0)
     a, b = torch.randn(2, 5), torch.randn(1030, 2)  # more rows than are updated at once
@@ -248,6 +248,18 @@ def test_vocabulary_resized_by_training(tiny, run, tmp_path):
     got = weights(tmp_path / "out")
     assert torch.equal(got["model.embed_tokens.weight"], rows) and torch.equal(got["lm_head.weight"], rows + 1)
     assert "the run" in (tmp_path / "out/tokenizer_config.json").read_text()
+
+
+def test_which_tensors_have_a_row_for_each_token():
+    """Those that grow with the vocabulary: Phi's head has a bias; final norms and what is in layers or tower has none."""
+    matrix, vector = (Computed(torch.float32, shape, lambda: None) for shape in ((512, 64), (512,)))
+    tensors = {
+        "model.embed_tokens.weight": matrix, "transformer.wte.weight": matrix, "lm_head.weight": matrix, "lm_head.bias": vector,
+        "model.norm.weight": vector, "model.final_layernorm.bias": vector, "transformer.norm_f.weight": vector,
+        "model.layers.0.mlp.up_proj.weight": matrix, "model.mm_projector.0.weight": matrix,
+        "model.vision_tower.vision_tower.embed_tokens.weight": matrix,
+    }  # fmt: skip
+    assert [name for name in tensors if _is_vocabulary(name, tensors)] == list(tensors)[:4]
 
 
 def test_qlora_is_said(tiny, run, tmp_path, capsys):
@@ -358,9 +370,13 @@ SPOILS = {
         "q_projx.weight', which",
     ),
     "unknown tensor": (lambda run: _add_beside(run, {"base_model.model.model.layers.1.x": torch.ones(1)}), "layers.1.x', which"),
+    "a part nobody declared": (
+        lambda run: _add_beside(run, {"base_model.model.model.memory_bank.weight": torch.ones(1)}),
+        "memory_bank.weight' belongs to no part of a model that is known here",
+    ),
     "another shape": (lambda run: _add_beside(run, {"base_model.model.model.norm.weight": torch.ones(65)}), "has shape"),
     "left by zero-3": (lambda run: _add_beside(run, {"base_model.model.model.mm_projector.0.weight": torch.ones(0)}), "ZeRO-3"),
-    "another model type": (lambda run: _edit(run / "config.json", model_type="llama"), "no LLaVA or Bunny run"),
+    "another model type": (lambda run: _edit(run / "config.json", model_type="llama"), "not a LLaVA or Bunny run"),
     "no json": (lambda run: (run / "adapter_config.json").write_text("{"), "not valid JSON"),
     "only the adapter's projector": (
         lambda run: torch.save({"base_model.model.model.norm.weight": torch.ones(64)}, run / "non_lora_trainables.bin"),
@@ -396,7 +412,7 @@ def test_wrong_bases_are_refused(tiny, run, tmp_path):
 
 def test_full_models_and_other_folders_are_refused(tiny, llava_checkpoint, tmp_path):
     refused("whole model already", llava_checkpoint, tmp_path / "out", tiny.backbone)
-    refused("no LoRA run", tiny.images, tmp_path / "out", tiny.backbone)
+    refused("not a LoRA run", tiny.images, tmp_path / "out", tiny.backbone)
     refused("there is no folder", tmp_path / "none", tmp_path / "out", tiny.backbone)
     refused("is a file", tiny.data, tmp_path / "out", tiny.backbone)
 
