@@ -172,5 +172,7 @@ def test_layers_command(tmp_path):
     command = [sys.executable, "-m", "llava_region", "layers", str(tmp_path)]
     done = subprocess.run([*command, "sparse:8", "--json"], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == '{"layers": [0, 4, 8, 12, 18, 22, 26, 30], "num_layers": 32, "spec": "sparse:8"}\n'
+    command[-1] += "/config.json"
+    assert subprocess.run([*command, "sparse:8"], capture_output=True, text=True, cwd=ROOT).stdout.startswith("sparse:8: 8 of 32")
     done = subprocess.run([*command, "sparse:99"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

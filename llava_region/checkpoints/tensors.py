@@ -214,8 +214,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
 def bare_name(name: str) -> str:
     """Name of a tensor in the model itself, without what PEFT and DDP put around it.
 
-    >>> bare_name("base_model.model.model.layers.3.mlp.up_proj.base_layer.weight")
-    'model.layers.3.mlp.up_proj.weight'
+    >>> bare_name("module.base_model.model.decoder.3.up_proj.base_layer.weight")
+    'decoder.3.up_proj.weight'
     """
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)

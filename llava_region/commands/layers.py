@@ -14,7 +14,9 @@ def command(
     """Show which decoder layers a spec means for a model, or the region a model was trained with."""
     from llava_region.checkpoints.source import ModelSource
     from llava_region.region import Region
+    from llava_region.run_files import CONFIG_FILE
 
+    model = model.parent if model.name == CONFIG_FILE and model.is_file() else model
     region = Region.load(model) if spec is None else Region.parse(spec, ModelSource.of(model).num_layers)
     if as_json:
         print(json.dumps(region.to_dict()))

@@ -57,7 +57,7 @@ def score_predictions(name: str, predictions: Path, data_root: Path) -> dict[str
 
 
 def evaluate(
-    model: ModelLike, names: Sequence[str], data_root: Path, out: Path, *, base: ModelLike | None = None, batch_size: int = 16,
+    model: ModelLike, names: Sequence[str], data_root: str | Path, out: str | Path, *, base: ModelLike | None = None, batch_size: int = 16,
     limit: int | None = None, workers: int = 4, device: str | None = None, dtype: str | None = None, template: str | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Put the tasks to a model and score its answers. Under `torchrun` each process answers a part; the first one scores.
@@ -79,6 +79,7 @@ def evaluate(
     """
     from llava_region.models.loading import check_base, load
 
+    data_root, out = Path(data_root), Path(out)
     found = {name: tasks.load(name) for name in names}
     tasks.check(list(names), data_root)
     source, on = ModelSource.of(model), ModelSource.of(base) if base else None

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from llava_region.cli import main
 from llava_region.data.subset import choose, parse_fraction, write_subset
 from llava_region.errors import LlavaRegionError
+from tests.helpers.command_line import run
 
 
 def records(images: int, texts: int) -> list[dict]:
@@ -83,12 +83,6 @@ def test_fractions_refused(text):
 
 def test_fraction_is_exact():
     assert parse_fraction("0.1") == Fraction(1, 10) == parse_fraction(" 10 % ")
-
-
-def run(capsys, *argv):
-    code = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_command_prints_counts_and_refuses_to_overwrite(data, capsys):

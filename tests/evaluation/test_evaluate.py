@@ -24,6 +24,7 @@ from llava_region.evaluation import evaluate as evaluation
 from llava_region.evaluation.evaluate import batches, evaluate, score_predictions
 from llava_region.models import LoadedModel, load
 from llava_region.tasks import mmlu
+from tests.helpers.command_line import refused
 from tests.helpers.data_roots import save_picture, write_all, write_mmlu
 
 
@@ -278,25 +279,18 @@ def test_batches_put_images_and_long_prompts_first(root):
     assert lengths == sorted(lengths) and [len(batch) for batch in found] == [2, 2, 2]
 
 
-def refused(argv, capsys) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_wrong_input_is_one_line_and_writes_nothing(llava_checkpoint, lora_run, root, tmp_path, capsys):
     model, out = str(llava_checkpoint), str(tmp_path / "out")
     data = ["--data-root", str(root)]
-    assert "unknown task 'vqa'" in refused(["eval", model, "--task", "gqa,vqa", *data, "--out", out], capsys)
-    assert "--task is missing" in refused(["eval", model, *data, "--out", out], capsys)
-    assert "--data-root is missing" in refused(["eval", model, "--task", "gqa", "--out", out], capsys)
-    assert "give a MODEL" in refused(["eval", "--task", "gqa", *data, "--out", out], capsys)
-    assert "neither MODEL nor --out" in refused(["eval", model, "--task", "gqa", *data, "--predictions", "x"], capsys)
-    assert "--base" in refused(["eval", str(lora_run), "--task", "gqa", *data, "--out", out], capsys)
-    assert "there is no folder" in refused(["eval", str(tmp_path / "none"), "--task", "gqa", *data, "--out", out], capsys)
+    assert "unknown task 'vqa'" in refused(capsys, "eval", model, "--task", "gqa,vqa", *data, "--out", out)
+    assert "--task is missing" in refused(capsys, "eval", model, *data, "--out", out)
+    assert "--data-root is missing" in refused(capsys, "eval", model, "--task", "gqa", "--out", out)
+    assert "give a MODEL" in refused(capsys, "eval", "--task", "gqa", *data, "--out", out)
+    assert "neither MODEL nor --out" in refused(capsys, "eval", model, "--task", "gqa", *data, "--predictions", "x")
+    assert "--base" in refused(capsys, "eval", str(lora_run), "--task", "gqa", *data, "--out", out)
+    assert "there is no folder" in refused(capsys, "eval", str(tmp_path / "none"), "--task", "gqa", *data, "--out", out)
     (tmp_path / "root").mkdir()
-    message = refused(["eval", model, "--task", "gqa,mmlu", "--data-root", str(tmp_path / "root"), "--out", out], capsys)
+    message = refused(capsys, "eval", model, "--task", "gqa,mmlu", "--data-root", str(tmp_path / "root"), "--out", out)
     assert "gqa/images/" in message and "stanford.edu" in message and "mmlu/dev/" in message
     assert not Path(out).exists()
 

@@ -15,6 +15,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.perplexity import Likelihood, parse_sweep, perplexity, sweep
 from llava_region.evaluation.perplexity_plot import rises
 from llava_region.models import load
+from tests.helpers.command_line import refused
 
 
 @pytest.fixture(scope="module")
@@ -126,31 +127,24 @@ def test_records_cut_away_are_counted(loaded, tiny, data):
     assert cut.unlabelled == 1 and 0 < cut.tokens < whole.tokens
 
 
-def refused(argv, capsys) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_wrong_input_is_one_line(llava_checkpoint, lora_run, tiny, data, tmp_path, capsys):
     model, base = str(llava_checkpoint), str(tiny.backbone)
     visual, text = ["--data", str(data / "visual.json")], ["--data", str(data / "text.json")]
-    assert "give it with --base" in refused(["perplexity", model, *text, "--revert-sweep", "0"], capsys)
-    assert "leave it out" in refused(["perplexity", model, *text, "--base", base], capsys)
-    assert "leave out --lora-base" in refused(["perplexity", model, *text, "--lora-base", base], capsys)
-    assert "takes one base" in refused(["perplexity", str(lora_run), *text, "--lora-base", base, "--base", base], capsys)
-    assert "with --base" in refused(["perplexity", str(lora_run), *text], capsys)
-    assert "layer 8 in '8'" in refused(["perplexity", model, *text, "--revert-sweep", "0;8", "--base", base], capsys)
-    assert "names no set" in refused(["perplexity", model, *text, "--revert-sweep", ";", "--base", base], capsys)
-    assert "--image-folder" in refused(["perplexity", model, *visual], capsys)
-    assert "10 images are missing" in refused(["perplexity", model, *visual, "--image-folder", str(tmp_path)], capsys)
-    assert "give text only" in refused(["perplexity", base, *visual, "--image-folder", str(tiny.images)], capsys)
-    assert "allowed: .png" in refused(["perplexity", model, *text, "--plot", "figure.jpeg2"], capsys)
+    assert "give it with --base" in refused(capsys, "perplexity", model, *text, "--revert-sweep", "0")
+    assert "leave it out" in refused(capsys, "perplexity", model, *text, "--base", base)
+    assert "leave out --lora-base" in refused(capsys, "perplexity", model, *text, "--lora-base", base)
+    assert "takes one base" in refused(capsys, "perplexity", str(lora_run), *text, "--lora-base", base, "--base", base)
+    assert "with --base" in refused(capsys, "perplexity", str(lora_run), *text)
+    assert "layer 8 in '8'" in refused(capsys, "perplexity", model, *text, "--revert-sweep", "0;8", "--base", base)
+    assert "names no set" in refused(capsys, "perplexity", model, *text, "--revert-sweep", ";", "--base", base)
+    assert "--image-folder" in refused(capsys, "perplexity", model, *visual)
+    assert "10 images are missing" in refused(capsys, "perplexity", model, *visual, "--image-folder", str(tmp_path))
+    assert "give text only" in refused(capsys, "perplexity", base, *visual, "--image-folder", str(tiny.images))
+    assert "allowed: .png" in refused(capsys, "perplexity", model, *text, "--plot", "figure.jpeg2")
     (tmp_path / "out.json").write_text("kept")
-    assert "--force" in refused(["perplexity", model, *text, "--out", str(tmp_path / "out.json")], capsys)
+    assert "--force" in refused(capsys, "perplexity", model, *text, "--out", str(tmp_path / "out.json"))
     (tmp_path / "odd.json").write_text(json.dumps([{"conversations": [{"from": "user", "value": "?"}]}]))
-    assert "record 0" in refused(["perplexity", model, "--data", str(tmp_path / "odd.json")], capsys)
+    assert "record 0" in refused(capsys, "perplexity", model, "--data", str(tmp_path / "odd.json"))
 
 
 def test_a_corrupt_picture_is_named(loaded, data, tmp_path):

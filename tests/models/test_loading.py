@@ -15,6 +15,7 @@ from PIL import Image
 from llava_region.checkpoints.source import ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.models import IGNORE, load
+from tests.helpers import command_line as helpers
 
 PATCHES = 16  # image tokens an image has in the tiny vision tower
 
@@ -44,8 +45,7 @@ def questions(loaded, tiny, records, count):
 
 
 def logits(model, ids, images):
-    with torch.no_grad():
-        return model(input_ids=ids.unsqueeze(0), images=images).logits
+    return helpers.logits(model, input_ids=ids.unsqueeze(0), images=images)
 
 
 def test_logits_equal_those_of_upstreams_own_loader(llava_checkpoint, tiny, records):

@@ -9,33 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from llava_region.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    code = main(["report", *map(str, argv)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+from tests.helpers.command_line import run
 
 
 def test_command_prints_markdown_and_json(table_2: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = run(capsys, *table_2, "--baseline", "bunny-32", "--table", 2)
+    code, text, _ = run(capsys, "report", *table_2, "--baseline", "bunny-32", "--table", 2)
     assert code == 0 and "| 16 layers |" in text and "98.97" in text
-    code, text, _ = run(capsys, *table_2, "--table", 2, "--table", 1, "--json")
+    code, text, _ = run(capsys, "report", *table_2, "--table", 2, "--table", 1, "--json")
     data = json.loads(text)
     assert set(data["tables"]) == {"1", "2"} and data["files"] == []
     assert data["tables"]["2"]["lines"][1]["relative"] == pytest.approx(100 * 62.8575 / 63.51125)
-    code, text, error = run(capsys, *table_2, "--paper")
+    code, text, error = run(capsys, "report", *table_2, "--paper")
     assert code == 0 and "bunny-32" in text and "go with --table" in error  # all tasks, run by run
 
 
 def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report"
-    code, text, error = run(capsys, *scaled, "--table", 2, "--figure", 2, "--figure", 3, "--paper", "--out", out)
+    code, text, error = run(capsys, "report", *scaled, "--table", 2, "--figure", 2, "--figure", 3, "--paper", "--out", out)
     names = {"table2.md", "table2.csv", "table2.tex", "figure2.png", "figure2.svg", "figure3.png", "figure3.svg"}
     assert code == 0 and {path.name for path in out.iterdir()} == names and len(text.splitlines()) == len(names)
     assert error == "figure 3: the paper's text gives no numbers for it\n"
-    code, text, _ = run(capsys, *scaled, "--table", 4, "--format", "csv", "--out", tmp_path / "csv")
+    code, text, _ = run(capsys, "report", *scaled, "--table", 4, "--format", "csv", "--out", tmp_path / "csv")
     assert [path.name for path in (tmp_path / "csv").iterdir()] == ["table4.csv"]
 
 
@@ -58,7 +52,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     table_2: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    code, text, error = run(capsys, *table_2, *[str(tmp_path / "out") if a == "OUT" else a for a in argv])
+    code, text, error = run(capsys, "report", *table_2, *[str(tmp_path / "out") if a == "OUT" else a for a in argv])
     assert code == 2 and text == "" and message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -77,12 +71,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
 )
 def test_malformed_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str) -> None:
     (tmp_path / "results.json").write_text(content)
-    code, _, error = run(capsys, tmp_path)
+    code, _, error = run(capsys, "report", tmp_path)
     assert code == 2 and message in error and error.count("\n") == 1
 
 
 def test_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, error = run(capsys, tmp_path)
+    code, _, error = run(capsys, "report", tmp_path)
     assert code == 2 and "holds no results.json; give the --out folder of 'llava-region eval'" in error
 
 

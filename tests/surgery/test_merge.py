@@ -18,6 +18,8 @@ from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.surgery.merge import _is_vocabulary, merge
 from llava_region.surgery.revert import revert
+from tests.helpers import command_line as helpers
+from tests.helpers.command_line import refused_without_output
 from tests.helpers.finished_models import llava_model, write_lora_run
 
 pytest.importorskip("llava.model")
@@ -47,8 +49,7 @@ def ours_loaded(folder: Path):
 
 
 def logits(model, ids=PROMPT) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids).logits
+    return helpers.logits(model, input_ids=ids)
 
 
 def base_in(tiny, folder: Path, dtype=torch.float32, **options) -> Path:
@@ -336,10 +337,7 @@ def test_json_and_force(tiny, lora_run, tmp_path, capsys):
 
 def refused(message: str, run: Path, out: Path, base) -> None:
     """`merge` says so, and nothing is written."""
-    with pytest.raises(LlavaRegionError, match=message) as error:
-        merge(run, out, base)
-    assert "\n" not in str(error.value)
-    assert not out.exists() and not list(out.parent.glob(".*.partial"))
+    refused_without_output(message, out, lambda: merge(run, out, base))
 
 
 def _without(data: dict, part: str) -> dict:

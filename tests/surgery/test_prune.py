@@ -17,6 +17,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.surgery.merge import merge
 from llava_region.surgery.prune import layers_to_drop, prune, without_layers
 from llava_region.surgery.self_check import self_test
+from tests.helpers import command_line as helpers
 from tests.surgery.test_merge import KILL
 
 pytest.importorskip("llava.model")
@@ -58,8 +59,7 @@ def skip_layers(model, layers):
 
 
 def logits(model) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=PROMPT, use_cache=False).logits
+    return helpers.logits(model, input_ids=PROMPT, use_cache=False)
 
 
 @torch.inference_mode()
