@@ -155,6 +155,16 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
     return found[0]
 
 
+def parent_of(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers and runs them one after the other (LlamaModel, MptModel...).
+
+    Raises:
+        LlavaRegionError: as `find_decoder_layers`.
+    """
+    prefix = find_decoder_layers(model).prefix
+    return model.get_submodule(prefix.rpartition(".")[0])
+
+
 def linear_modules(model: nn.Module, layers: Iterable[int]) -> list[str]:
     """Full dotted names of the linear modules within the given decoder layers, in model order.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from llava_region.errors import LlavaRegionError
 
-# `num_hidden_layers`; MPT: `n_layers`
+# How configs name the number of decoder layers and their width H; the second and third are MPT's.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
+WIDTH_KEYS = ("hidden_size", "d_model")
 
 
 def num_layers_in(config: Any, name: str) -> int:
@@ -26,3 +27,9 @@ def num_layers_in(config: Any, name: str) -> int:
         if isinstance(config.get(key), int):
             return config[key]
     raise LlavaRegionError(f"{name} names no 'num_hidden_layers' (or 'n_layers'), so the layers cannot be counted")
+
+
+def width_in(config: Any) -> int | None:
+    """Width H of the decoder layers that a config names (the content of a `config.json`, or transformers' object); None: it does not."""
+    settings = config if isinstance(config, Mapping) else vars(config)
+    return next((settings[key] for key in WIDTH_KEYS if settings.get(key)), None)
