@@ -1,8 +1,9 @@
-"""What a finished run has to hold: read again before it is called done."""
+"""The end of a run: what it has to hold is read again before it is called done."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -11,6 +12,32 @@ from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_FILES
+from llava_region.training.cost import write_cost
+
+if TYPE_CHECKING:
+    from llava_region.training.run import RegionRun
+
+
+def finish(run: RegionRun) -> None:
+    """After upstream's train(): re-read what was saved, and write `region.json` and, last, `cost.json`. Collective.
+
+    Raises:
+        LlavaRegionError: the saved adapter or model is not the region's, or the adapter was not changed by training.
+    """
+    trainer, region = run.trainer, run.region
+    if trainer is None or region is None or not trainer.meter.started:
+        return
+    totals = trainer.cost_totals()
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    check_full(folder, region) if run.mode == "full" else check_adapter(folder, region)
+    run.write_record(folder)
+    totals["layers"], totals["num_layers"] = list(region.layers), region.num_layers
+    totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    write_cost(folder, totals)
+    print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 
 
 def check_adapter(folder: str | Path, region: Region) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_region.decoder import layer_index
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
 
@@ -63,7 +65,7 @@ def test_all_modes_share_frozen_weights(bench):
         model = bench.variant(base, layers, lora)
         own = {name for name, p in model.named_parameters() if p.data_ptr() not in {q.data_ptr() for q in base.parameters()}}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert own == trained and {bench.checkpointing.layer_index(name) for name in trained} == set(layers)
+        assert own == trained and {layer_index(name) for name in trained} == set(layers)
 
 
 def test_modes_on_one_model_do_not_leak_into_each_other(bench):
@@ -104,7 +106,7 @@ def test_command_line(bench, capsys, tmp_path):
         (["--repeats", "0"], "--repeats must be 1 or more"),
         (["--region_memory", "1KB"], "--region_memory 1 KB is too little"),
         (["--plot", "step.jpeg"], "cannot be written as 'step.jpeg'; allowed: .png, .svg, .pdf"),
-        (["--region_memory", "lots"], "'lots' is no memory size"),
+        (["--region_memory", "lots"], "'lots' is not a memory size"),
     ],
 )
 def test_bad_input_is_one_line(bench, capsys, flags, message):

@@ -89,19 +89,19 @@ class Seeing(Model):
         return super().loss() + (self.model.vision_tower(torch.ones(1, 2)).sum() if self.tower_used else 0)
 
 
-@pytest.mark.parametrize("ids", [[5, -200], [5, 5]])
-def test_an_unfrozen_tower_has_to_learn_from_images(ids):
+@pytest.mark.parametrize("image", [[False, True], [False, False]])
+def test_an_unfrozen_tower_has_to_learn_from_images(image):
     """Without a gradient for the tower: stopped after some batches with images, never by batches of text."""
     model = Seeing(tower_used=False)
     audit = GradientAudit(model, Region((0, 1, 2), 3, "test"))
 
     def step():
-        audit.see_labels(torch.tensor([[-100, 7]]), torch.tensor([ids]))
+        audit.see_labels(torch.tensor([[-100, 7]]), torch.tensor([image]))
         model.loss().backward()
         return audit.conclude(CPU, lambda t: t)
 
     assert [step() for _ in range(7)] == [False] * 7
-    if -200 in ids:
+    if any(image):
         with pytest.raises(LlavaRegionError, match="the vision tower was to be trained, but got no gradient from 8 batches"):
             step()
     else:

@@ -198,11 +198,13 @@ def llava_batch(tiny):
 
 
 def test_upstreams_llava_under_peft(llava_batch):
+    from llava_region.patches.llava import UPSTREAM
+
     model, inputs = llava_batch
     loss, gradients = step(model, inputs)
     assert any("mm_projector" in name for name in gradients) and any("lora_A" in name for name in gradients)
     seen = rows_seen(model.get_base_model().lm_head)
-    assert supervised_loss.install(model) is None
+    assert supervised_loss.install(model, UPSTREAM.intercept_labels) is None
     ours, found = step(model, inputs)
     assert seen == [(inputs["labels"] != -100).sum()]
     torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
