@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llava_region.decoder import layer_index
+from tests.helpers.commands import run
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
@@ -94,8 +95,8 @@ def test_true_shapes(bench):
 
 def test_command_line(bench, capsys, tmp_path):
     figure = tmp_path / "step.png"
-    assert bench.main(["--shape", "tiny", "--repeats", "1", "--json", "--plot", str(figure)]) == 0
-    assert set(json.loads(capsys.readouterr().out)["modes"]) == set(bench.MODES)
+    code, out, _ = run(bench.main, capsys, "--shape", "tiny", "--repeats", 1, "--json", "--plot", figure)
+    assert code == 0 and set(json.loads(out)["modes"]) == set(bench.MODES)
     assert figure.is_file()
 
 
@@ -110,6 +111,6 @@ def test_command_line(bench, capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(bench, capsys, flags, message):
-    assert bench.main(["--shape", "tiny", *flags]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    code, _, err = run(bench.main, capsys, "--shape", "tiny", *flags)
+    error = err.strip().splitlines()[-1]  # what is above it is progress
+    assert code == 2 and error.startswith("error: ") and message in error

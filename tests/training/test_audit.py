@@ -124,6 +124,19 @@ def test_empty_groups_are_dropped_before_a_scheduler_is_built():
     assert check_rates(optimizer, scheduler, 2e-4, 2e-5) == {"llm": 2e-4, "projector": 2e-5}
 
 
+def test_what_a_group_trains_goes_by_the_declared_parts():
+    model = Model()
+    model.model.vision_tower = nn.Linear(2, 2)
+    both = [*model.model.layers.parameters(), model.model.mm_projector.weight]
+    optimizer = torch.optim.AdamW([{"params": [model.model.vision_tower.weight]}, {"params": both}])
+    name_and_drop_groups(optimizer, model)
+    assert [group["region_part"] for group in optimizer.param_groups] == ["projector", "both"]
+    model.model.resampler = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": [model.model.resampler.weight]})
+    with pytest.raises(LlavaRegionError, match=r"'model\.resampler\.weight' belongs to no part of a model"):
+        name_and_drop_groups(optimizer, model)
+
+
 def test_shifted_rates_stop():
     model = Model()
     optimizer = torch.optim.AdamW(

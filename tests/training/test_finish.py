@@ -1,11 +1,13 @@
 """A finished run is read again: what must be refused, on files written by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from llava_region import LlavaRegionError, Region
-from llava_region.training.finish import check_adapter, check_full
+from llava_region.training.finish import check_adapter, check_full, finish
 
 REGION = Region((1, 6), 8, "1,6")
 
@@ -52,3 +54,8 @@ def test_full_model(tmp_path):
     save_file(tensors | {"model.layers.6.mlp.weight": torch.zeros(0)}, tmp_path / "model.safetensors")
     with pytest.raises(LlavaRegionError, match=r"layers \[6\] are missing or empty"):
         check_full(tmp_path, REGION)
+
+
+@pytest.mark.parametrize("trainer", [None, SimpleNamespace(meter=SimpleNamespace(started=None))])
+def test_a_run_that_never_trained_is_not_judged(trainer):
+    finish(SimpleNamespace(trainer=trainer, region=REGION, mode="lora"))

@@ -168,38 +168,3 @@ def test_two_ranks_come_to_the_same_plan(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert first == second and not first.startswith("()")
-
-
-def dry_run(tiny, tmp_path, capsys, **flags) -> tuple[int, str, str]:
-    pytest.importorskip("llava.train.train")
-    from llava_region.train import main
-    from tests.helpers.training_runs import llava_flags
-
-    code = main(["llava", *llava_flags(tiny, tmp_path / "run", **{"dry_run": True, **flags}), "--tune_layers", "2,6"])
-    return code, *capsys.readouterr()
-
-
-def test_dry_run_shows_what_each_policy_takes(tiny, tmp_path, capsys):
-    code, out, _ = dry_run(tiny, tmp_path, capsys, freeze_mm_mlp_adapter=True, region_memory="60MB")
-    assert code == 0
-    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line)
-    assert rows["activations"].startswith("largest batch, 4 x 512 tokens")
-    counts = [rows[policy].partition(", ")[2] for policy in ("all", "region", "none")]
-    assert counts == ["6 layers recomputed", "2 layers recomputed", "0 layers recomputed"]
-    assert "of 60 MB (--region_memory); layers below 2 run without autograd" in rows["auto"]
-
-
-def test_a_limit_that_cannot_be_met_is_refused_before_weights_load(tiny, tmp_path, capsys):
-    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB")
-    assert code == 2 and "error: --region_memory 1 MB is too little" in err
-    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB", dry_run=False)
-    assert code == 2 and "error: --region_memory 1 MB is too little" in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_dry_run_without_a_limit(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "all kept (--gradient_checkpointing False)" in dry_run(tiny, tmp_path, capsys, gradient_checkpointing=False)[1]
-    assert "what would fit on cpu here" in dry_run(tiny, tmp_path, capsys)[1]
-    assert "chosen when training starts by the GPU's free memory" in dry_run(tiny, tmp_path, capsys, use_cpu=None)[1]
-    assert dry_run(tiny, tmp_path, capsys, region_checkpointing="region")[1].splitlines()[-1].split() == ["chosen", "region"]

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llava_region.errors import LlavaRegionError
-from llava_region.training.recompute_plan import POLICIES, Activations, check_flags, make_plan
+from llava_region.training.recompute_plan import POLICIES, Activations, Workload, check_flags, make_plan
 
 
 def test_choosing_needs_no_torch():
@@ -84,3 +85,9 @@ def test_auto_does_not_touch_layers_that_keep_nothing():
 def test_a_limit_by_hand_that_cannot_be_met_is_refused():
     with pytest.raises(LlavaRegionError, match=r"--region_memory 40 B is too little.*take 45 B"):
         make_plan("auto", (2, 4), Activations(KEPT, (1.0,) * 6, 1), 40, "--region_memory")
+
+
+@pytest.mark.parametrize(("bf16", "fp16", "dtype"), [(True, False, "bfloat16"), (False, True, "float16"), (False, False, "float32")])
+def test_workload_of_flags(bf16, fp16, dtype):
+    args = SimpleNamespace(per_device_train_batch_size=3, bf16=bf16, fp16=fp16, supervised_logits=False)
+    assert Workload.of(args, 20) == Workload(3, 20, dtype, False) and Workload.of(args, 20).tokens == 60
