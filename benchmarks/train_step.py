@@ -177,7 +177,9 @@ def measure_seconds(mode: Mode, batch: dict, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def run(shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes=MODES) -> dict:
+def run(
+    shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes: tuple[str, ...] = MODES
+) -> dict:
     """Run the comparison.
 
     Returns:
