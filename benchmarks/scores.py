@@ -87,7 +87,7 @@ def time_activations(options) -> dict:
         attention_mask=torch.ones_like(image), position_ids=torch.arange(options.tokens, device=device).expand(shape),
     )  # fmt: skip
 
-    def score():
+    def score() -> None:
         measure(model, batch, ACTIVATION_METRICS, Sums(options.layers))
 
     plain, scored = [], []

@@ -25,9 +25,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,13 +35,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_region import plotting
+from llava_region.data.labels import IGNORE_INDEX
 from llava_region.decoder import find_decoder_layers, linear_modules
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.region import Region
-from llava_region.training import recompute as checkpointing
-from llava_region.training import supervised_loss
+from llava_region.training import recompute, supervised_loss
 from llava_region.training.kept_memory import saved_peak
+from llava_region.training.recompute_plan import Plan, Workload
 from llava_region.training.sizes import format_size, parse_size
 
 MODES = ("upstream", "paper", "region", "none", "auto", "full")
@@ -88,7 +89,7 @@ def backbone(shape: Shape, device: torch.device) -> LlamaForCausalLM:
         torch.set_default_dtype(default)
 
 
-def variant(base: LlamaForCausalLM, layers, lora: bool):
+def variant(base: LlamaForCausalLM, layers: Collection[int], lora: bool) -> Any:
     """The backbone with LoRA on the given decoder layers, or with those layers trained whole; frozen weights are shared with it.
 
     As under upstream, the embeddings' output requires grad, so that the projector in front of the layers could train.
@@ -96,7 +97,7 @@ def variant(base: LlamaForCausalLM, layers, lora: bool):
     modules = find_decoder_layers(base).modules
     own = set() if lora else {id(p) for i in layers for p in modules[i].parameters()}
     shared = {id(t): t for t in (*base.parameters(), *base.buffers()) if id(t) not in own}
-    model = copy.deepcopy(base, shared)
+    model: Any = copy.deepcopy(base, shared)
     model.enable_input_require_grads()
     if lora:
         rank = max(base.config.hidden_size // 32, 1)
@@ -112,17 +113,12 @@ def variant(base: LlamaForCausalLM, layers, lora: bool):
 class Mode:
     """One column of the comparison: a model, its optimizer, and which layers it recomputes."""
 
-    def __init__(self, name: str, model, region: Region, shape: Shape, region_memory: str | None):
+    def __init__(self, name: str, model: Any, region: Region, shape: Shape, region_memory: str | None) -> None:
         self.name, self.model = name, model
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
-        batch = {
-            "per_device_train_batch_size": shape.samples,
-            "model_max_length": shape.length,
-            "supervised_logits": name in OURS,
-            "fp16": False,
-        }
-        self.arguments = SimpleNamespace(region_checkpointing=POLICY[name], region_memory=region_memory, **batch)
-        self.region, self.plan = region, None
+        self.workload = Workload(shape.samples, shape.length, supervised_logits=name in OURS)
+        self.region, self.region_memory = region, region_memory
+        self.plan: Plan | None = None
         self.seconds: list[float] = []
         self.peak = 0
         self.loss = float("nan")
@@ -130,13 +126,13 @@ class Mode:
     def prepare(self) -> None:
         """Put the mode's hooks on the model, which other modes share."""
         if self.name not in OURS:
-            checkpointing.uninstall(self.model)
+            recompute.uninstall(self.model)
             supervised_loss.uninstall(self.model)
         elif self.plan is None:
-            self.plan = checkpointing.set_up(self.model, self.region.layers, self.arguments)
+            self.plan = recompute.set_up(self.model, self.region.layers, self.workload, POLICY[self.name], self.region_memory)
             supervised_loss.install(self.model)
         else:
-            checkpointing.install(self.model, self.plan)
+            recompute.install(self.model, self.plan)
             supervised_loss.install(self.model)
 
     def step(self, batch: dict) -> None:
@@ -154,7 +150,7 @@ def random_batch(shape: Shape, supervised: float, device: torch.device) -> dict[
     """Token ids (samples, length); the last `supervised` of each sequence are the answers that have labels."""
     ids = torch.randint(0, shape.vocab, (shape.samples, shape.length), device=device)
     labels = ids.clone()
-    labels[:, : round(shape.length * (1 - supervised))] = -100
+    labels[:, : round(shape.length * (1 - supervised))] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -181,7 +177,9 @@ def measure_seconds(mode: Mode, batch: dict, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def run(shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes=MODES) -> dict:
+def run(
+    shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes: tuple[str, ...] = MODES
+) -> dict:
     """Run the comparison.
 
     Returns:

@@ -156,8 +156,13 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
 
 
 def parent_of(model: nn.Module) -> nn.Module:
-    """The module that holds the decoder layers and runs them one after the other (LlamaModel, MptModel...)."""
-    return model.get_submodule(find_decoder_layers(model).prefix.rpartition(".")[0])
+    """The module that holds the decoder layers and runs them one after the other (LlamaModel, MptModel...).
+
+    Raises:
+        LlavaRegionError: as `find_decoder_layers`.
+    """
+    prefix = find_decoder_layers(model).prefix
+    return model.get_submodule(prefix.rpartition(".")[0])
 
 
 def linear_modules(model: nn.Module, layers: Iterable[int]) -> list[str]:

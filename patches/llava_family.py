@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +26,7 @@ FLAGS = {
     "double_quantised": "--double_quant", "trains_projector": "--freeze_mm_mlp_adapter", "projector_rate": "--mm_projector_lr",
     "trains_tower": "--unfreeze_vision_tower", "max_length": "--model_max_length",
 }  # fmt: skip
+MERGE = "prepare_inputs_labels_for_multimodal"  # the models' method that puts image features in; labels are the last it returns
 TRAINING_FIELDS = (
     "lora_enable", "lora_r", "lora_alpha", "lora_bias", "bits", "mm_projector_lr", "model_max_length", "freeze_mm_mlp_adapter",
 )  # fmt: skip
@@ -108,6 +110,21 @@ class LLaVAFamily(Upstream):
 
     def features_per_image(self, model: nn.Module) -> int:
         return features_per_image(model) if hasattr(model, "get_vision_tower") else 1
+
+    def intercept_labels(
+        self, model: nn.Module, receive: Callable[[torch.Tensor | None], torch.Tensor | None]
+    ) -> Callable[[], None] | None:
+        merge = getattr(model, MERGE, None)
+        if merge is None:
+            return None
+
+        @functools.wraps(merge)
+        def merged(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            *prepared, labels = merge(*args, **kwargs)
+            return (*prepared, receive(labels))
+
+        setattr(model, MERGE, merged)
+        return functools.partial(delattr, model, MERGE)
 
     def checkout_of(self, script: Path) -> Path | None:
         """Of `ROOT/llava/train/train_mem.py`, for example: ROOT."""

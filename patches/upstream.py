@@ -196,6 +196,23 @@ class Upstream(ABC):
     def features_per_image(self, model: nn.Module) -> int:
         """Tokens that one image becomes in the language model."""
 
+    def intercept_labels(
+        self, model: nn.Module, receive: Callable[[torch.Tensor | None], torch.Tensor | None]
+    ) -> Callable[[], None] | None:
+        """Have a model hand over its labels once image features are in place, and go on with the answer instead.
+
+        For logits at supervised positions only. To be overridden where the model's own forward puts image features in, which
+        moves the labels: there those of the batch do not fit the hidden states, and training with them stops.
+
+        Args:
+            model: with the language model's head, out of all wrappers.
+            receive: takes labels (B, L), or None; returns those that the model goes on with.
+
+        Returns:
+            A function that undoes it; None where nothing was done, as the labels of a batch fit the hidden states as they are.
+        """
+        return None
+
     @abstractmethod
     def checkout_of(self, script: Path) -> Path | None:
         """Root of the checkout that a train script lies in, or None if it is not this upstream's."""
@@ -244,8 +261,9 @@ class Upstream(ABC):
             LlavaRegionError: on leaving, if what was saved is not the region's.
         """
         from llava_region.training.arguments import extend_arguments
+        from llava_region.training.finish import finish
         from llava_region.training.run import RegionRun
-        from llava_region.training.trainer import finish, region_trainer
+        from llava_region.training.trainer import region_trainer
 
         module = self.train_module()
         run = RegionRun(tune_layers, upstream=self, **options)

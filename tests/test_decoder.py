@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llava_region import LlavaRegionError
-from llava_region.decoder import find_decoder_layers, is_projector, is_vision, layer_index, linear_modules
+from llava_region.decoder import find_decoder_layers, is_projector, is_vision, layer_index, linear_modules, parent_of
 
 NAMES = [
     ("model.layers.1.self_attn.q_proj", 1),
@@ -137,3 +137,10 @@ def test_lora_on_four_bit_layers_of_a_real_model():
     model(input_ids=ids, labels=ids).loss.backward()
     trained = {layer_index(name) for name, p in model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
     assert trained == {1, 3}
+
+
+def test_parent_is_the_module_that_holds_the_layers():
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    assert parent_of(model) is model.model and parent_of(nn.DataParallel(model)) is model.model

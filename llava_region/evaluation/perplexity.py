@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from llava_region.checkpoints.model_folder import check_same_shape
 from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.data.images import prefetch, read_pixels
+from llava_region.data.labels import IGNORE_INDEX
 from llava_region.data.records import read_records, require_images, training_images
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
-from llava_region.models import IGNORE, Embedded, LoadedModel, load
+from llava_region.models import Embedded, LoadedModel, load
 from llava_region.progress import progress_bar
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE
@@ -129,7 +130,7 @@ def _score(model: LoadedModel, batch: Embedded) -> tuple[torch.Tensor, torch.Ten
     ).logits
     assert batch.labels is not None
     labels = batch.labels[:, 1:]
-    wanted = labels != IGNORE
+    wanted = labels != IGNORE_INDEX
     losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
     losses[wanted] = F.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="none").double()
     return losses.sum(dim=1), wanted.sum(dim=1)

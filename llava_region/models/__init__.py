@@ -1,6 +1,6 @@
 """Load a finished model of any upstream and put questions and images to it: `load(folder)`."""
 
-from llava_region.models.loaded import IGNORE, Embedded, LoadedModel
+from llava_region.models.loaded import Embedded, LoadedModel
 from llava_region.models.loading import DTYPES, load
 
-__all__ = ["DTYPES", "IGNORE", "Embedded", "LoadedModel", "load"]
+__all__ = ["DTYPES", "Embedded", "LoadedModel", "load"]

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_region.data.labels import IGNORE_INDEX
 from llava_region.errors import LlavaRegionError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_region.upstreams import ModelSide
-
-IGNORE = -100  # label of a token that nothing is learnt from
 
 
 @dataclass
@@ -118,10 +117,10 @@ class LoadedModel:
             embeds, index, mask, positions = self._embed_images(input_ids, images, own, padding_side)
         else:
             embeds, index, mask, positions = self._embed_text(input_ids, own, padding_side)
-        image_mask = mask & (index == IGNORE)
+        image_mask = mask & (index == IGNORE_INDEX)
         if labels is not None:
             rows = [
-                torch.where(i == IGNORE, i, label.to(i.device)[i.clamp(min=0)]) for i, label in zip(index, labels, strict=True)
+                torch.where(i == IGNORE_INDEX, i, label.to(i.device)[i.clamp(min=0)]) for i, label in zip(index, labels, strict=True)
             ]  # fmt: skip
             return Embedded(embeds, mask, positions, torch.stack(rows), image_mask)
         return Embedded(embeds, mask, positions, None, image_mask)
@@ -132,7 +131,7 @@ class LoadedModel:
         """Embeddings (B, L, H), index, mask and positions (B, L), merged by the upstream; -100 in index where an image is."""
         ids = pad_sequence(input_ids, batch_first=True).to(self.device)
         mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in own], batch_first=True).to(self.device)
-        index = pad_sequence(own, batch_first=True, padding_value=IGNORE).to(self.device)
+        index = pad_sequence(own, batch_first=True, padding_value=IGNORE_INDEX).to(self.device)
         blank = torch.zeros_like(next(picture for pictures in images for picture in pictures))
         pixels = torch.stack([picture for pictures in images for picture in (pictures or [blank])])
         pixels = pixels.to(device=self.device, dtype=self.model.dtype)
@@ -150,7 +149,7 @@ class LoadedModel:
         length = length if self.max_length is None else min(length, self.max_length)
         shape = (len(input_ids), length)
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        positions, indices = torch.zeros_like(ids), torch.full(shape, IGNORE)
+        positions, indices = torch.zeros_like(ids), torch.full(shape, IGNORE_INDEX)
         for i, (sample, index) in enumerate(zip(input_ids, own, strict=True)):
             n = min(len(sample), length)
             where = slice(0, n) if padding_side == "right" else slice(length - n, length)

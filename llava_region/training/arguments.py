@@ -1,4 +1,7 @@
-"""The flags that are added to the upstream TrainingArguments."""
+"""The flags that are added to the upstream TrainingArguments.
+
+Annotations here are types, not strings as elsewhere: `extend_arguments` puts them into a class of another module.
+"""
 
 # ruff: noqa: UP045 - HfArgumentParser of transformers 4.36 to 4.41 does not read `str | None`
 
@@ -9,7 +12,7 @@ from typing import Optional
 
 @dataclass
 class RegionArguments:
-    """Flags of `python -m llava_region.train`, beside the upstream's own."""
+    """Flags of `python -m llava_region.train`, in addition to the upstream's own."""
 
     tune_layers: Optional[str] = field(
         default=None,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from llava_region.decoder import is_projector, is_vision, layer_index
+from llava_region.data.labels import IGNORE_INDEX
+from llava_region.decoder import layer_index, part_of
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PART = "region_part"  # key of an optimizer group that says what it trains: llm, projector, or both
 MAX_UNSUPERVISED_STEPS = 100
@@ -20,45 +27,46 @@ class GradientAudit:
     parameters see the gradients under ZeRO-3 too, where `parameter.grad` is gone after the backward pass.
     """
 
-    def __init__(self, model, region: Region):
+    def __init__(self, model: nn.Module, region: Region) -> None:
         self.region = region
         self.flags: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(region.num_layers)}
         self.supervised: list[torch.Tensor] = []
         self.steps = self.blind_steps = 0
-        self.handles = []
+        self.handles: list[Any] = []
         self.tower: list[torch.Tensor] | None = None  # of an unfrozen vision tower
         self.images: list[torch.Tensor] = []
         for name, parameter in model.named_parameters():
-            layer = layer_index(name)
             if not parameter.requires_grad:
                 continue
+            layer = layer_index(name)
             if layer is not None:
                 self.handles.append(parameter.register_hook(self._hook(self.flags[layer])))
-            elif is_vision(name):
+            elif part_of(name) == "vision":
                 self.tower = [] if self.tower is None else self.tower
                 self.handles.append(parameter.register_hook(self._hook(self.tower)))
 
     @staticmethod
-    def _hook(flags: list[torch.Tensor]):
-        def see(gradient):
+    def _hook(flags: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+        def see(gradient: torch.Tensor) -> None:
             flags.append((gradient != 0).any())
 
         return see
 
-    def see_labels(self, labels: torch.Tensor | None, input_ids: torch.Tensor | None = None) -> None:
+    def see_labels(self, labels: torch.Tensor | None, image_tokens: torch.Tensor | None = None) -> None:
         """Note whether a batch has any token to learn from: without one, gradients are rightly zero.
 
         Args:
-            labels: (B, T), -100 where there is nothing to learn.
-            input_ids: (B, T), negative for an image; a tower learns from samples that have an image and a label.
+            labels: (B, T), `IGNORE_INDEX` where there is nothing to learn.
+            image_tokens: (B, T) bool, where an image is; a tower learns from samples that have an image and a label.
         """
         self.images = []
         if labels is not None:
-            self.supervised.append((labels != -100).any())
-            if input_ids is not None:
-                self.images.append(((labels != -100).any(1) & (input_ids < 0).any(1)).any())
+            supervised = labels != IGNORE_INDEX
+            self.supervised.append(supervised.any())
+            if image_tokens is not None:
+                self.images.append((supervised.any(1) & image_tokens.any(1)).any())
 
-    def conclude(self, device, reduce_max) -> bool:
+    def conclude(self, device: torch.device, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """After a micro step: True once all is well, False where no rank had a token to learn from yet.
 
         Args:
@@ -94,7 +102,7 @@ class GradientAudit:
         return True
 
     @staticmethod
-    def _any(flags: list[torch.Tensor], device) -> torch.Tensor:
+    def _any(flags: list[torch.Tensor], device: torch.device) -> torch.Tensor:
         return torch.stack([f.to(device) for f in flags]).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
     def remove(self) -> None:
@@ -104,29 +112,32 @@ class GradientAudit:
         self.handles = []
 
 
-def name_and_drop_groups(optimizer, model) -> None:
+def name_and_drop_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Drop empty optimizer groups, and note in each group what it trains.
 
     DeepSpeed drops empty groups itself, but after the scheduler was built on them, which shifts the learning rates by
     one group; newer torch raises instead.
+
+    Raises:
+        LlavaRegionError: a parameter belongs to no known part of a model.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for group in optimizer.param_groups:
-        parts = {"projector" if _is_projector_part(names.get(id(p), "")) else "llm" for p in group["params"]}
+        # an unfrozen vision tower has the projector's rate
+        parts = {"projector" if part_of(names[id(p)]) in ("projector", "vision") else "llm" for p in group["params"]}
         group[PART] = parts.pop() if len(parts) == 1 else "both"
 
 
-def _is_projector_part(name: str) -> bool:
-    # Bunny gives an unfrozen vision tower the projector's rate
-    return is_projector(name) or is_vision(name)
-
-
-def check_rates(optimizer, scheduler, learning_rate: float, projector_rate: float | None) -> dict[str, float]:
+def check_rates(optimizer: Any, scheduler: Any, learning_rate: float, projector_rate: float | None) -> dict[str, float]:
     """The base learning rate of each part, after checking that it is the one asked for.
 
+    Args:
+        optimizer, scheduler: torch's, or DeepSpeed's and accelerate's around them.
+        projector_rate: None: the projector trains at `learning_rate` too.
+
     Returns:
-        `{"llm": rate, "projector": rate}`, of the parts that train.
+        `{"llm": rate, "projector": rate}`, of the parts that train; empty where the scheduler does not tell.
 
     Raises:
         LlavaRegionError: the optimizer and scheduler disagree, or a part would train at another rate.

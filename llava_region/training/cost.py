@@ -6,10 +6,12 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_region.files import read_json, write_json
 from llava_region.run_files import COST_FILE
@@ -18,16 +20,24 @@ from llava_region.run_files import COST_FILE
 class CostMeter(TrainerCallback):
     """Counts time, samples and tokens of a run; a resumed run goes on from what its checkpoint says.
 
-    Tokens are those that enter the language model: text, and the vision tower's patches in place of every image.
+    Tokens are those that enter the language model: text, and the features in place of every image.
     They are summed on the device and read once, at the end.
     """
 
-    def __init__(self):
-        self.before = {"hours": 0.0, "gpu_hours": 0.0, "samples": 0.0, "tokens": 0.0, "seconds_per_step": None, "peak_memory_bytes": 0}
+    def __init__(self) -> None:
+        self.before: dict[str, Any] = {
+            "hours": 0.0,
+            "gpu_hours": 0.0,
+            "samples": 0.0,
+            "tokens": 0.0,
+            "seconds_per_step": None,
+            "peak_memory_bytes": 0,
+        }
         self.step_seconds: list[float] = []
         self.samples = 0
         self.tokens: torch.Tensor | None = None
-        self.started = self.step_started = None
+        self.started: float | None = None
+        self.step_started: float | None = None
 
     def resume(self, checkpoint: str | Path) -> None:
         """Take over the sums of the interrupted run from a checkpoint folder."""
@@ -36,31 +46,40 @@ class CostMeter(TrainerCallback):
             saved = read_json(path)
             self.before = {key: saved.get(key, empty) for key, empty in self.before.items()}
 
-    def count(self, inputs: dict, patches: int) -> None:
-        """Add one micro batch: `input_ids` (B, T) with one placeholder an image, `attention_mask` (B, T), `patches` tokens an image."""
+    def count(self, inputs: Mapping[str, Any], image_tokens: torch.Tensor | None, features_per_image: int) -> None:
+        """Add one micro batch.
+
+        Args:
+            inputs: `input_ids` (B, T), `attention_mask` (B, T); without ids, nothing is counted.
+            image_tokens: (B, T) bool, True at the one token that an image's features replace.
+            features_per_image: tokens that one image becomes.
+        """
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None:
             return
         self.samples += ids.shape[0]
-        tokens = (ids.numel() if mask is None else mask.sum()) + (ids < 0).sum() * (patches - 1)
+        tokens = ids.numel() if mask is None else mask.sum()
+        if image_tokens is not None:
+            tokens = tokens + image_tokens.sum() * (features_per_image - 1)
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.step_started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.step_started is not None:
             self.step_seconds.append(time.perf_counter() - self.step_started)
 
-    def totals(self, args, state, reduce_sum) -> dict:
+    def totals(self, args: Any, state: Any, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """The content of `cost.json`. Collective: every rank has to call it.
 
         Args:
+            args: the TrainingArguments; state: transformers' `TrainerState`.
             reduce_sum: sum of a tensor over all ranks.
         """
         device = args.device
@@ -98,6 +117,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_cost(folder: str | Path, totals: dict) -> None:
+def write_cost(folder: str | Path, totals: Mapping[str, Any]) -> None:
     """Write `cost.json` into a folder."""
     write_json(Path(folder) / COST_FILE, totals)

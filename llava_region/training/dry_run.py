@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava_region import processes
 from llava_region.decoder import layer_index, part_of
-from llava_region.region import Region
-from llava_region.training import recompute
 from llava_region.training.empty_model import empty_model, unwrapped
-from llava_region.training.kept_memory import free_memory
+from llava_region.training.kept_memory import MARGIN, activations_of, free_memory
 from llava_region.training.preflight import Preflight, zero_settings
+from llava_region.training.recompute import why_all
+from llava_region.training.recompute_plan import BY_HAND, Workload, make_plan
 from llava_region.training.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def estimate(upstream: Upstream, preflight: Preflight) -> Estimate:
     memory = estimate_memory(model, args, preflight.recipe, gpus, stage)
     return Estimate(
         model=type(unwrapped(model)).__name__, parameters=sum(p.numel() for p in model.parameters()), trains=trainable_groups(model),
-        gpus=gpus, stage=stage, memory=memory, activations=activation_rows(model, args, preflight.region, sum(memory)),
+        gpus=gpus, stage=stage, memory=memory, activations=activation_rows(model, preflight, sum(memory)),
     )  # fmt: skip
 
 
@@ -112,10 +112,10 @@ def check_region_memory(upstream: Upstream, preflight: Preflight) -> None:
     Raises:
         LlavaRegionError: names the least that would do.
     """
-    activation_rows(empty_model(upstream, preflight), preflight.args, preflight.region, 0)
+    activation_rows(empty_model(upstream, preflight), preflight, 0)
 
 
-def activation_rows(model: nn.Module, args: Namespace, region: Region, states: float) -> list[tuple[str, str]]:
+def activation_rows(model: nn.Module, preflight: Preflight, states: float) -> list[tuple[str, str]]:
     """Memory of the activations under each `--region_checkpointing`, and what `auto` would choose where its limit is known:
     from `--region_memory`, or from this machine where training would run on it.
 
@@ -127,28 +127,29 @@ def activation_rows(model: nn.Module, args: Namespace, region: Region, states: f
     """
     import torch
 
+    args, region = preflight.args, preflight.region
     if not args.gradient_checkpointing:
         return [("activations", "all kept (--gradient_checkpointing False)")]
-    forced = recompute.why_all(model)
+    forced = why_all(model)
     if forced:
         return [("activations", f"every layer is recomputed: {forced}")]
-    activations = recompute.activations_of(model, args)
-    samples, length = recompute.largest_batch(args)
-    rows = [("activations", f"largest batch, {samples} x {length} tokens, logits included, by --region_checkpointing")]
+    workload = Workload.of(args, preflight.recipe.max_length)
+    activations = activations_of(model, workload)
+    rows = [("activations", f"largest batch, {workload.samples} x {workload.length} tokens, logits included, by --region_checkpointing")]
     for policy in ("all", "region", "none"):
-        plan = recompute.make_plan(policy, region.layers, activations)
+        plan = make_plan(policy, region.layers, activations)
         rows.append((f"  {policy}", f"{plan.bytes_kept / 2**30:.2f} GiB, {len(plan.recompute)} layers recomputed"))
     if args.region_checkpointing != "auto":
         return [*rows, ("  chosen", args.region_checkpointing)]
     if args.region_memory:
-        budget, limit = parse_size(args.region_memory), "--region_memory"
+        budget, origin = parse_size(args.region_memory), BY_HAND
     elif torch.cuda.is_available() or args.use_cpu:
         device = torch.device("cpu" if args.use_cpu else "cuda")
-        free = free_memory(device) * (1 - recompute.MARGIN)
-        budget, limit = int(free - states) - max(activations.kept), f"what would fit on {device} here"
+        free = free_memory(device) * (1 - MARGIN)
+        budget, origin = int(free - states) - max(activations.kept), f"what would fit on {device} here"
     else:
         return [*rows, ("  auto", "as few layers as fit, chosen when training starts by the GPU's free memory")]
-    return [*rows, ("  auto", recompute.make_plan("auto", region.layers, activations, budget, limit).reason.partition(": ")[2])]
+    return [*rows, ("  auto", make_plan("auto", region.layers, activations, budget, origin).reason.partition(": ")[2])]
 
 
 def trainable_groups(model: nn.Module) -> dict[str, int]:

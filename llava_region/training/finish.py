@@ -1,16 +1,44 @@
-"""What a finished run has to hold: read again before it is called done."""
+"""The end of a run: what it has to hold is read again before it is called done."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
+from llava_region.checkpoints.adapter import adapter_file
+from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
-from llava_region.run_files import ADAPTER_FILES
+from llava_region.training.cost import write_cost
+
+if TYPE_CHECKING:
+    from llava_region.training.run import RegionRun
+
+
+def finish(run: RegionRun) -> None:
+    """After upstream's train(): re-read what was saved, and write `region.json` and, last, `cost.json`. Collective.
+
+    Raises:
+        LlavaRegionError: the saved adapter or model is not the region's, or the adapter was not changed by training.
+    """
+    trainer, region = run.trainer, run.region
+    if trainer is None or region is None or not trainer.meter.started:
+        return
+    totals = trainer.cost_totals()
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    check_full(folder, region) if run.mode == "full" else check_adapter(folder, region)
+    run.write_record(folder)
+    totals["layers"], totals["num_layers"] = list(region.layers), region.num_layers
+    totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    write_cost(folder, totals)
+    print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 
 
 def check_adapter(folder: str | Path, region: Region) -> int:
@@ -22,36 +50,28 @@ def check_adapter(folder: str | Path, region: Region) -> int:
     Raises:
         LlavaRegionError: says what is wrong with which layers.
     """
-    folder = Path(folder)
-    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
-    if not files:
+    file = adapter_file(Path(folder))
+    if file is None:
         raise LlavaRegionError(f"the finished run left no adapter in {folder}")
-    tensors = _read_adapter(files[0])
-    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    stored = Checkpoint(file)
+    empty = [name for name, entry in stored.items() if 0 in entry.shape]
     if empty:
-        raise LlavaRegionError(f"{files[0]} holds empty tensors, such as {empty[0]}: the run was not saved; see the checkpoints")
+        raise LlavaRegionError(f"{file} holds empty tensors, such as {empty[0]}: the run was not saved; see the checkpoints")
+    tensors = {name: entry.load() for name, entry in stored.items()}
     diverged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if diverged:
-        raise LlavaRegionError(f"{files[0]} holds values that are not finite, such as in {diverged[0]}: training diverged; see the losses")
+        raise LlavaRegionError(f"{file} holds values that are not finite, such as in {diverged[0]}: training diverged; see the losses")
     layers = {layer_index(name) for name in tensors}
     if layers != set(region.layers):
-        raise LlavaRegionError(f"{files[0]} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
+        raise LlavaRegionError(f"{file} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
     # LoRA's B starts at zero, so a layer whose B are all zero was not trained
     changed = {layer_index(name) for name, tensor in tensors.items() if ".lora_B." in name and bool((tensor != 0).any())}
     if changed != set(region.layers):
         raise LlavaRegionError(
-            f"layers {sorted(set(region.layers) - changed)} in {files[0]} were not changed by training; "
+            f"layers {sorted(set(region.layers) - changed)} in {file} were not changed by training; "
             "was the learning rate 0 in every step, as in a run no longer than its warm-up?"
         )
     return len(tensors)
-
-
-def _read_adapter(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_full(folder: str | Path, region: Region) -> None:

@@ -5,6 +5,10 @@ what was loaded into the parameter meanwhile. Any module with a weight and a bia
 Seen with DeepSpeed 0.16.9 and 0.18.9.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 def wait_for_every_gather() -> None:
     """Make asynchronous gathers in this process complete before they are handed back. To be called before DeepSpeed starts."""
@@ -12,7 +16,7 @@ def wait_for_every_gather() -> None:
 
     gather = torch.distributed.all_gather_into_tensor
 
-    def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
+    def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, group: Any = None, async_op: bool = False) -> Any:
         handle = gather(output_tensor, input_tensor, group=group, async_op=async_op)
         if handle is not None:
             handle.wait()

@@ -1,22 +1,38 @@
-"""What a decoder layer keeps for the backward pass, measured by running one, and the memory there is for it."""
+"""What decoder layers keep for the backward pass, measured by running them, and the memory there is for it."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
-from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llava_region import processes
-from llava_region.decoder import find_decoder_layers, linear_modules
+from llava_region.checkpoints.source import LAYER_COUNT_KEYS, width_in
+from llava_region.decoder import declared, find_decoder_layers, layer_index, linear_modules, parent_of, part_of
 from llava_region.errors import UnsupportedUpstream
+from llava_region.training.recompute_plan import Activations, Workload
+from llava_region.training.supervised_loss import causal_of, logits_at_once
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PretrainedConfig
+
+    Context = Callable[[], AbstractContextManager[Any]]
+
+# Of the free memory, what is left alone: allocator fragmentation, and what other libraries take later.
+MARGIN = 0.1
+# Bytes a logit of the loss takes at its worst, under upstream's loss: the head's output, its copy in fp32, the copy that is
+# shifted by one position, and the log-softmax.
+LOGIT_BYTES = 16
+# Bytes a trainable parameter still takes after the first step began, without DeepSpeed: gradient and AdamW's two moments.
+TRAINABLE_BYTES = 12
 # Sequence lengths that are measured. Equal remainders by 16, since attention kernels pad to multiples of 8 or 16;
 # not such a multiple, so that what padding costs is in the figure.
 LENGTHS = (17, 33, 49)
@@ -25,7 +41,7 @@ SAMPLES = 2
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Bytes that one decoder layer keeps for its backward pass, beside its input and its parameters.
+    """Bytes that one decoder layer keeps for its backward pass, in addition to its input and its parameters.
 
     Attributes:
         constant: whatever the batch is (weights that autocast has cast).
@@ -51,19 +67,7 @@ class KeptBytes:
         return cls(constant, linear / samples, squared / samples)
 
 
-def parent_of(model: nn.Module) -> nn.Module:
-    """The module that holds the decoder layers and runs them one after the other (LlamaModel, MptModel...)."""
-    prefix = find_decoder_layers(model).prefix
-    return model.get_submodule(prefix.rpartition(".")[0])
-
-
-def causal_of(model: nn.Module) -> nn.Module:
-    """The model with the language-model head (LlavaLlamaForCausalLM...), out of PEFT's, DDP's and DeepSpeed's wrappers."""
-    prefix = find_decoder_layers(model).prefix.rsplit(".", 2)
-    return model.get_submodule(prefix[0]) if len(prefix) == 3 else model
-
-
-def measure(model: nn.Module, layers: Iterable[int], context=nullcontext) -> dict[int, KeptBytes]:
+def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcontext) -> dict[int, KeptBytes]:
     """Run the given decoder layers on a few random tokens and count what autograd keeps.
 
     The layers run inside their own model's forward, so that masks, position ids and ALiBi biases are the model's, in
@@ -80,26 +84,37 @@ def measure(model: nn.Module, layers: Iterable[int], context=nullcontext) -> dic
     """
     parent, modules = parent_of(model), find_decoder_layers(model).modules
     index = {id(module): i for i, module in enumerate(modules)}
-    wanted, sizes = set(layers), {i: [] for i in layers}
+    sizes: dict[int, list[int]] = {i: [] for i in layers}
 
-    def probe(function, hidden, *arguments):
+    def probe(function: Any, hidden: torch.Tensor, *arguments: Any) -> Any:
         layer = index[id(function.__self__)]
-        if layer not in wanted:
+        if layer not in sizes:
             return (hidden,)
         output, kept = _kept_by(function, hidden.detach().requires_grad_(), arguments)
         sizes[layer].append(kept)
         return output
 
+    devices = [p.device for p in parent.parameters() if p.device.type == "cuda"][:1]
+    with _layers_run_by(parent, probe), torch.random.fork_rng(devices), torch.enable_grad():
+        for length in LENGTHS:
+            with context():
+                parent(**_random_inputs(parent, length), use_cache=False)
+    if not all(len(found) == len(LENGTHS) for found in sizes.values()):
+        raise UnsupportedUpstream(
+            f"{type(parent).__module__}.{type(parent).__name__} calls torch.utils.checkpoint itself, so its layers can't be measured"
+        )
+    return {layer: KeptBytes.fit(found) for layer, found in sizes.items()}
+
+
+@contextmanager
+def _layers_run_by(parent: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, in training mode, `function(layer.__call__, hidden, *arguments)` runs each decoder layer of `parent`."""
     saved = {name: parent.__dict__.get(name) for name in ("_gradient_checkpointing_func", "gradient_checkpointing")}
     training = {module: module.training for module in parent.modules()}
-    devices = [p.device for p in parent.parameters() if p.device.type == "cuda"][:1]
     try:
         parent.train()
-        parent._gradient_checkpointing_func, parent.gradient_checkpointing = probe, True
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            for length in LENGTHS:
-                with context():
-                    parent(**_random_inputs(parent, length), use_cache=False)
+        parent._gradient_checkpointing_func, parent.gradient_checkpointing = function, True
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -108,19 +123,14 @@ def measure(model: nn.Module, layers: Iterable[int], context=nullcontext) -> dic
                 parent.__dict__.pop(name, None)
             else:
                 setattr(parent, name, value)
-    if not all(len(found) == len(LENGTHS) for found in sizes.values()):
-        raise UnsupportedUpstream(
-            f"{type(parent).__module__}.{type(parent).__name__} calls torch.utils.checkpoint itself, so its layers can't be measured"
-        )
-    return {layer: KeptBytes.fit(found) for layer, found in sizes.items()}
 
 
-def _kept_by(function, hidden: torch.Tensor, arguments: tuple):
+def _kept_by(function: Any, hidden: torch.Tensor, arguments: tuple[Any, ...]) -> tuple[Any, int]:
     """Output of a bound `layer.__call__`, and the bytes of the storages autograd keeps that would not live anyway."""
     layer = function.__self__
     alive = [*layer.parameters(), *layer.buffers(), hidden, *(a for a in arguments if isinstance(a, torch.Tensor))]
     known = {_storage(tensor)[0] for tensor in alive}
-    kept = {}
+    kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         address, size = _storage(tensor)
@@ -134,7 +144,7 @@ def _kept_by(function, hidden: torch.Tensor, arguments: tuple):
 
 
 @contextmanager
-def saved_peak():
+def saved_peak() -> Iterator[Callable[[], int]]:
     """Follow what autograd keeps for the backward pass within the block, forward and backward on this thread (so: on CPU).
 
     Yields a function that returns the most bytes that were alive at once, parameters not counted. What a checkpoint keeps,
@@ -144,21 +154,21 @@ def saved_peak():
     alive = peak = 0
 
     class Kept:
-        def __init__(self, tensor):
+        def __init__(self, tensor: torch.Tensor) -> None:
             nonlocal alive, peak
             self.tensor, self.storage = tensor, _storage(tensor)
             users[self.storage] = users.get(self.storage, 0) + 1
             alive += self.storage[1] if users[self.storage] == 1 else 0
             peak = max(peak, alive)
 
-        def __del__(self):
+        def __del__(self) -> None:
             nonlocal alive
             users[self.storage] -= 1
             if not users[self.storage]:
                 del users[self.storage]
                 alive -= self.storage[1]
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor | Kept:
         return tensor if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) else Kept(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
@@ -170,31 +180,45 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
-def _random_inputs(parent: nn.Module, length: int) -> dict[str, torch.Tensor]:
+def _random_inputs(parent: Any, length: int) -> dict[str, torch.Tensor]:
     """Embeddings (2, length, hidden) and a mask that pads the second sample, so that masked kernels are the ones measured."""
     weight = parent.get_input_embeddings().weight
-    width = getattr(parent.config, "hidden_size", None) or parent.config.d_model
     mask = torch.ones(SAMPLES, length, dtype=torch.long, device=weight.device)
     mask[1, -1] = 0
-    return {"inputs_embeds": torch.randn(SAMPLES, length, width, device=weight.device).to(weight.dtype), "attention_mask": mask}
+    embeds = torch.randn(SAMPLES, length, _width(parent.config), device=weight.device)
+    return {"inputs_embeds": embeds.to(weight.dtype), "attention_mask": mask}
 
 
-def sample_model(config, model_class: type, *, lora=None, dtype=torch.float32, device="cpu") -> nn.Module:
+def _width(config: PretrainedConfig) -> int:
+    width = width_in(config)
+    if width is None:
+        raise UnsupportedUpstream(f"{type(config).__name__} does not say how wide the decoder layers are, so they can't be measured")
+    return width
+
+
+def sample_model(
+    config: PretrainedConfig,
+    model_class: type[Any],
+    *,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
     """A model of two decoder layers of the config's shape, layer 0 frozen and layer 1 tuned, weights undefined.
 
     For measuring where the real layers can't be run by themselves: before weights are loaded, and under ZeRO-3.
 
     Args:
-        config: of the backbone or of a LLaVA or Bunny model; its vision tower is left out.
-        model_class: of the causal language model (LlavaLlamaForCausalLM...).
-        lora: a PEFT `LoraConfig`, of which everything but the target modules is used; None for full tuning.
+        config: of the backbone or of an upstream's model; its vision tower is left out.
+        model_class: of the causal language model.
+        lora: of which everything but the target modules is used; None for full tuning.
     """
     config = copy.deepcopy(config)
-    for name in ("num_hidden_layers", "n_layers"):
+    for name in LAYER_COUNT_KEYS:
         if hasattr(config, name):
             setattr(config, name, 2)
     config.vocab_size, config.pad_token_id = 8, None
-    for name in [name for name in vars(config) if name.startswith("mm_")]:
+    for name in [name for name in vars(config) if name.startswith(declared().config_prefixes)]:
         delattr(config, name)  # upstream's classes build a vision tower where the config names one
     default = torch.get_default_dtype()
     try:
@@ -215,20 +239,101 @@ def sample_model(config, model_class: type, *, lora=None, dtype=torch.float32, d
     return get_peft_model(model, LoraConfig(target_modules=names, use_rslora=lora.use_rslora, **options))
 
 
+def activations_of(model: nn.Module, workload: Workload, context: Context = nullcontext) -> Activations:
+    """Measure what a model's tuned and frozen decoder layers keep for the largest batch.
+
+    Layers that can't be run by themselves are measured on a sample of the same shape: those of a model on the meta device
+    (the dry run's; the attention kernel is then this machine's), and those that ZeRO-3 spreads over the ranks.
+
+    Args:
+        model: as it trains: bare, or under PEFT, DDP or DeepSpeed.
+        context: makes the context the forward pass runs in (autocast).
+    """
+    modules = find_decoder_layers(model).modules
+    tuned = [any(p.requires_grad for p in module.parameters()) for module in modules]
+    examples = {kind: tuned.index(kind) for kind in (True, False) if kind in tuned}
+    parent: Any = parent_of(model)
+    weight = parent.get_input_embeddings().weight
+    dtype = getattr(torch, workload.dtype) if weight.is_meta else weight.dtype
+    if weight.is_meta or hasattr(weight, "ds_id"):
+        device = weight.device if not weight.is_meta else "cuda" if torch.cuda.is_available() else "cpu"
+        sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=dtype, device=device)
+        kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
+    else:
+        measured = measure(model, examples.values(), context)
+        kept = {kind: measured[layer] for kind, layer in examples.items()}
+    sizes = {kind: found.at(workload.samples, workload.length) for kind, found in kept.items()}
+    costs = {kind: _cost(modules[layer]) for kind, layer in examples.items()}
+    tokens, width, itemsize = workload.tokens, _width(parent.config), dtype.itemsize
+    logits = logits_at_once(model, tokens, workload.supervised_logits and workload.dtype != "float16")
+    return Activations(
+        kept=tuple(sizes[kind] for kind in tuned),
+        costs=tuple(costs[kind] for kind in tuned),
+        layer_input=tokens * width * itemsize,
+        first=lowest_differentiated(model),
+        mask=tokens * workload.length * itemsize,
+        # the final norm works in fp32; of the selected positions there are hidden states and gradients
+        head=tokens * width * (8 + 3 * itemsize) + logits * LOGIT_BYTES,
+    )
+
+
+def _cost(layer: nn.Module) -> float:
+    """Multiplications per token in the layer's linear modules, LoRA's included: its forward time is proportional to them."""
+    return float(sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear)))
+
+
+def _lora_config(model: nn.Module) -> LoraConfig | None:
+    for module in model.modules():
+        configs: Any = getattr(module, "peft_config", None)
+        if isinstance(configs, dict):
+            return next(iter(configs.values()))
+    return None
+
+
+def lowest_differentiated(model: nn.Module) -> int:
+    """Lowest decoder layer that autograd has to reach: 0 where anything in front of the layers trains (projector, embeddings,
+    vision tower), else the lowest layer with a trainable parameter.
+
+    Raises:
+        LlavaRegionError: a trainable parameter belongs to no known part of a model.
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not {"embeddings", "projector", "vision"}.isdisjoint(part_of(name) for name in trainable):
+        return 0
+    return min((layer for name in trainable if (layer := layer_index(name)) is not None), default=0)
+
+
+def automatic_budget(model: nn.Module, activations: Activations, device: torch.device) -> int:
+    """Bytes of activations that fit on the device, the least over all ranks. Collective.
+
+    That is what is free, less a margin, what the backward pass of one layer needs in addition, and gradients and optimizer
+    states that are not yet there.
+    """
+    optimizer = 0
+    if not hasattr(model, "zero_optimization"):  # DeepSpeed's engine has made them by now
+        optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * TRAINABLE_BYTES
+    budget = int(free_memory(device) * (1 - MARGIN)) - optimizer - max(activations.kept)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        least = torch.tensor(budget, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+        budget = int(least)
+    return budget
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that one more tensor of this process may take on the device: on CUDA what the driver has free and what the
     allocator holds unused; on CPU this rank's share of what the machine, or its control group, has left."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_available_memory(), _group_memory()) // processes.local_world_size()
+    return int(min(_available_memory(), _group_memory())) // processes.local_world_size()
 
 
 def _available_memory() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():  # not Linux: half of what is installed
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return int(re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)[1]) * 1024
+    return next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")) * 1024
 
 
 def _group_memory(root: Path = Path("/sys/fs/cgroup")) -> int | float:

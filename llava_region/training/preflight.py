@@ -17,8 +17,8 @@ from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import CONFIG_FILE, GENERATION_CONFIG_FILE
-from llava_region.training.recompute import check_flags
-from llava_region.training.resume import check_resumable
+from llava_region.training.recompute_plan import check_flags
+from llava_region.training.resumable import check_resumable
 
 if TYPE_CHECKING:
     from llava_region.upstreams import Recipe, Upstream

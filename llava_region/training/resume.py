@@ -1,78 +1,93 @@
-"""What a `checkpoint-N` has to hold so that a run can be resumed, merged and evaluated from it, and which may be resumed.
+"""Going on from a checkpoint as if the run had never stopped: what transformers and the upstreams leave out of that.
 
-`region.json` is written last: a checkpoint without it was cut off while it was being written.
+Which checkpoint may be resumed is decided in `resumable`.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_region.errors import LlavaRegionError
-from llava_region.region import Region, read_region_json
-from llava_region.run_files import NON_LORA_FILE, REGION_FILE, SCHEDULER_FILE
+from llava_region.run_files import EPOCH_RNG_FILE, NON_LORA_FILE
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """`checkpoint-N` folders of a run, by rising N."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+class AllStepsDone(Exception):
+    """The checkpoint that a run resumes from is that of its last step."""
 
 
-def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path | None:
-    """The checkpoint that a run in this folder will resume from, or None if it starts afresh.
+class NoStepTooMany(TrainerCallback):
+    """Ends a run that resumes from the checkpoint of its last step; transformers would train one more."""
 
-    Raises:
-        LlavaRegionError: the folder's checkpoints are of another region or mode, not of this trainer, or hold the model alone.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise AllStepsDone
+
+
+class EpochOrder(TrainerCallback):
+    """Makes a run that resumes within an epoch see the same order of samples as one never stopped.
+
+    Upstream's sampler draws an epoch's order from torch's global random state as it is when the epoch begins, which a
+    resumed process does not have: it is kept in the checkpoint.
     """
-    folder = Path(output_dir)
-    found = checkpoints(folder)
-    if not found:
-        return None
-    complete = [path for path in found if (path / REGION_FILE).is_file()]
-    if not complete and not (folder / REGION_FILE).is_file():
-        raise LlavaRegionError(
-            f"{found[-1]} holds no {REGION_FILE}: it comes from a run without --tune_layers; give another --output_dir, or remove it"
-        )
-    record = read_region_json(complete[-1] if complete else folder)
-    saved = Region.from_dict(record)
-    if (saved.layers, saved.num_layers) != (region.layers, region.num_layers):
-        raise LlavaRegionError(
-            f"{complete[-1] if complete else folder} was trained on layers {list(saved.layers)} of {saved.num_layers} "
-            f"('{saved.spec}'), now '{region.spec}' asks for {list(region.layers)} of {region.num_layers}; "
-            "give the same --tune_layers, or another --output_dir"
-        )
-    if record.get("mode") and (record["mode"] == "full") == lora:
-        raise LlavaRegionError(
-            f"{folder} holds checkpoints of {record['mode']} tuning, now --lora_enable is {lora}; give the same, or another --output_dir"
-        )
-    if complete and not (complete[-1] / SCHEDULER_FILE).is_file() and not any(complete[-1].glob("global_step*")):
-        raise LlavaRegionError(
-            f"{complete[-1]} holds no optimizer and scheduler (--save_only_model True), so its run would start again at the first "
-            "learning rate; give another --output_dir, or remove the checkpoints"
-        )
-    return complete[-1] if complete else None
+
+    def __init__(self) -> None:
+        self.state: torch.Tensor | None = None
+        self.restored: torch.Tensor | None = None
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.restored is not None:
+            torch.random.set_rng_state(self.restored)
+            self.restored = None
+        self.state = torch.random.get_rng_state()
+
+    def save(self, folder: Path) -> None:
+        """Write the state that the current epoch began with into a checkpoint folder."""
+        torch.save(self.state, folder / EPOCH_RNG_FILE)
+
+    def resume(self, folder: str | Path) -> None:
+        """Read the state from a checkpoint folder, to be set when the interrupted epoch begins again."""
+        path = Path(folder) / EPOCH_RNG_FILE
+        self.restored = torch.load(path, weights_only=True) if path.is_file() else None
+
+    def random_state_loaded(self, step: int, steps_per_epoch: int) -> None:
+        """After transformers has set the random state of a checkpoint of this step.
+
+        Between two epochs the order is drawn after that, not before.
+        """
+        if step % max(steps_per_epoch, 1) == 0:
+            self.state = torch.random.get_rng_state()
 
 
-def drop_incomplete(output_dir: str | Path) -> list[Path]:
-    """Remove checkpoints that a killed run had not finished writing, so that training resumes from the one before.
+def load_trained_parameters_only(accelerator: Accelerator) -> None:
+    """Let DeepSpeed load a LoRA checkpoint, which holds only what trained.
 
-    Returns:
-        the removed folders.
+    transformers saves it so, but up to 4.37 loads it strictly, and fails over every frozen parameter.
     """
-    folder = Path(output_dir)
-    broken = [path for path in checkpoints(folder) if not (path / REGION_FILE).is_file()]
-    broken += sorted(folder.glob("tmp-checkpoint-*"))
-    for path in broken:
-        shutil.rmtree(path)
-    return broken
+    prepare = accelerator.prepare
+
+    def prepare_lenient(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        for part in prepared if isinstance(prepared, tuple) else (prepared,):
+            if hasattr(part, "load_checkpoint"):
+                part.load_checkpoint = functools.partial(part.load_checkpoint, load_module_strict=False)
+        return prepared
+
+    accelerator.prepare = prepare_lenient  # type: ignore[method-assign]
 
 
-def load_non_lora(model, checkpoint: str | Path) -> None:
-    """Load the projector and whatever else trained beside LoRA from a checkpoint into a PEFT model, in place.
+def load_non_lora(model: nn.Module, checkpoint: str | Path) -> None:
+    """Load the projector and whatever else trained next to LoRA from a checkpoint into a PEFT model, in place.
 
     Raises:
         LlavaRegionError: the file is missing, or does not fit the model.
@@ -88,3 +103,15 @@ def load_non_lora(model, checkpoint: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
+
+
+@contextmanager
+def numpy_state_loadable() -> Iterator[None]:
+    """Let torch.load read transformers' saved random states, which hold a NumPy array, under torch >= 2.6's `weights_only`."""
+    import numpy
+
+    safe_globals = getattr(torch.serialization, "safe_globals", None)
+    reconstruct: Any = numpy.zeros(1).__reduce__()[0]  # where it lives differs between NumPy 1 and 2
+    allowed = [reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    with safe_globals(allowed) if safe_globals else nullcontext():
+        yield

@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
     if size <= 0:
-        raise LlavaRegionError(f"'{text}' is no memory size; allowed: a number above 0 with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+        raise LlavaRegionError(f"'{text}' is not a memory size; allowed: a number above 0 with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
     return size
 
 

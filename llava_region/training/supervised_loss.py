@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_region.training.kept_memory import causal_of
+from llava_region.data.labels import IGNORE_INDEX
+from llava_region.decoder import find_decoder_layers
 
-IGNORE_INDEX = -100
 LOGITS_AT_ONCE = 2**26
+
+# An upstream's `intercept_labels`: has a model hand its labels over; returns what undoes that, or None.
+Intercept = Callable[[nn.Module, Callable[[torch.Tensor | None], torch.Tensor | None]], Callable[[], None] | None]
 
 
 @dataclass
 class _Batch:
     """The labels of the forward pass in flight: shape (samples, tokens), and rows (n,) and targets (n,) of the supervised positions.
 
-    `awaited`: they are still on their way through `prepare_inputs_labels_for_multimodal`.
+    `awaited`: they are still on their way, to where image features are put in.
     """
 
     awaited: bool = False
@@ -35,11 +40,28 @@ class _Batch:
     rows: torch.Tensor | None = None
     targets: torch.Tensor | None = None
 
+    def receive(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Take labels that are awaited; what the model goes on with in their place."""
+        if not self.awaited or labels is None:
+            return labels
+        self.take(labels)
+        return None
+
     def take(self, labels: torch.Tensor) -> None:
         """Position t predicts label t + 1; rows count through the flattened batch."""
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         self.shape, self.rows = tuple(labels.shape), (following != IGNORE_INDEX).nonzero().squeeze(1)
         self.targets, self.awaited = following[self.rows], False
+
+
+def causal_of(model: nn.Module) -> Any:
+    """The model with the language-model head, out of PEFT's, DDP's and DeepSpeed's wrappers.
+
+    Raises:
+        LlavaRegionError: the model does not have one list of decoder layers.
+    """
+    prefix = find_decoder_layers(model).prefix.rsplit(".", 2)
+    return model.get_submodule(prefix[0]) if len(prefix) == 3 else model
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -51,22 +73,25 @@ def why_not(model: nn.Module) -> str | None:
         return f"pretraining_tp is {causal.config.pretraining_tp}, so the head is not called as one module"
     if not causal.config.use_return_dict:
         return "the model's config has return_dict off"
+    output = causal.get_output_embeddings()
+    head = next((name for name, module in causal.named_children() if module is output), None)
     names = [inspect.unwrap(kind.forward).__code__.co_names for kind in type(causal).__mro__ if "forward" in vars(kind)]
-    loss = next((n for n in names if "lm_head" in n), ())
+    loss = next((n for n in names if head in n), ())
     if "CrossEntropyLoss" not in loss or "load_balancing_loss_func" in loss:
-        return f"{type(causal).__name__}.forward does not compute the plain cross-entropy of self.lm_head"
+        return f"{type(causal).__name__}.forward does not compute the plain cross-entropy of {f'self.{head}' if head else 'a head'}"
     return None
 
 
-def install(model: nn.Module) -> str | None:
+def install(model: nn.Module, intercept: Intercept | None = None) -> str | None:
     """Have the model compute logits only at supervised positions while it trains; evaluation and generation are untouched.
 
-    Upstream's own forward runs, with two seams: `prepare_inputs_labels_for_multimodal` (where there is one) hands its labels
-    over instead of passing them on, and the head's forward answers with the loss in the logits' place. The head is called as a
-    module, exactly once a step, so ZeRO-3 gathers it as ever, whatever number of slices each rank has.
+    Upstream's own forward runs, with two seams: where image features are put in, labels are handed over instead of passed on,
+    and the head's forward answers with the loss in the logits' place. The head is called as a module, exactly once per step,
+    so ZeRO-3 gathers it as always, whatever number of slices each rank has.
 
     Args:
         model: as the trainer has wrapped it. Its outputs then hold `loss` and no logits.
+        intercept: the upstream's `intercept_labels`; None for a plain language model, whose labels have their places already.
 
     Returns:
         Why it was left as it is (see `why_not`), or None when installed.
@@ -77,13 +102,14 @@ def install(model: nn.Module) -> str | None:
     uninstall(model)
     causal, batch = causal_of(model), _Batch()
     head = causal.get_output_embeddings()
-    forward = functools.wraps(causal.forward)(functools.partial(_forward, causal, causal.forward, batch))
-    forward.undo = [_restore(causal, "forward"), _restore(head, "forward")]
+    undo = [_restore(causal, "forward"), _restore(head, "forward")]
+    undo_intercept = intercept(causal, batch.receive) if intercept is not None else None
+    if undo_intercept is not None:
+        undo.append(undo_intercept)
+    merges = undo_intercept is not None
+    forward: Any = functools.wraps(causal.forward)(functools.partial(_forward, causal, causal.forward, batch, merges))
+    forward.undo = undo
     head.forward = functools.partial(_head, causal, head, head.forward, batch)
-    prepare = getattr(causal, "prepare_inputs_labels_for_multimodal", None)
-    if prepare is not None:
-        forward.undo.append(_restore(causal, "prepare_inputs_labels_for_multimodal"))
-        causal.prepare_inputs_labels_for_multimodal = functools.wraps(prepare)(functools.partial(_prepare, prepare, batch))
     causal.forward = forward
     return None
 
@@ -94,18 +120,19 @@ def uninstall(model: nn.Module) -> None:
         undo()
 
 
-def _restore(module: nn.Module, name: str):
+def _restore(module: nn.Module, name: str) -> Callable[[], None]:
     """A function that puts the attribute back: the instance's own, or the class's where the instance had none."""
     if name in vars(module):
         return functools.partial(setattr, module, name, vars(module)[name])
     return functools.partial(delattr, module, name)
 
 
-def _forward(causal, upstream, batch: _Batch, *args, **kwargs):
+def _forward(causal: nn.Module, upstream: Callable[..., Any], batch: _Batch, merges: bool, *args: Any, **kwargs: Any) -> Any:
+    """In place of the model's forward. `merges`: it puts image features in itself, unless it is given embeddings."""
     labels = kwargs.get("labels")
     if not causal.training or labels is None or kwargs.get("return_dict") is False:
         return upstream(*args, **kwargs)
-    if kwargs.get("inputs_embeds") is not None or not hasattr(causal, "prepare_inputs_labels_for_multimodal"):
+    if kwargs.get("inputs_embeds") is not None or not merges:
         batch.take(labels)
         kwargs["labels"] = None
     else:
@@ -116,22 +143,14 @@ def _forward(causal, upstream, batch: _Batch, *args, **kwargs):
         missed, batch.awaited, batch.rows = batch.awaited, False, None
     if missed:
         raise RuntimeError(
-            f"{type(causal).__name__}.forward did not call prepare_inputs_labels_for_multimodal; give --supervised_logits False"
+            f"{type(causal).__name__}.forward did not put image features in where it was expected to; give --supervised_logits False"
         )
     return type(outputs)(loss=outputs.logits)
 
 
-def _prepare(upstream, batch: _Batch, *args, **kwargs):
-    *prepared, labels = upstream(*args, **kwargs)
-    if not batch.awaited or labels is None:
-        return (*prepared, labels)
-    batch.take(labels)
-    return (*prepared, None)
-
-
-def _head(causal, head: nn.Module, upstream, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
+def _head(causal: Any, head: nn.Module, upstream: Callable[..., Any], batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
     """In place of the head's forward: the loss, a scalar, from hidden states (samples, tokens, hidden); logits where no labels wait."""
-    if batch.rows is None:
+    if batch.rows is None or batch.targets is None:
         return upstream(hidden)
     if tuple(hidden.shape[:2]) != batch.shape:
         raise ValueError(f"labels of shape {batch.shape} do not fit hidden states of shape {tuple(hidden.shape)}")
@@ -156,7 +175,9 @@ class _LossInSlices(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, targets, logits_of, vocabulary):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
+    ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         start, size = 0, max(LOGITS_AT_ONCE // vocabulary, 1)
@@ -171,7 +192,7 @@ class _LossInSlices(torch.autograd.Function):
         return total if len(targets) else total / 0  # not a number, as upstream's mean over no label
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.saved_tensors[0] * grad_output, None, None, None
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_region.decoder import layer_index
+from tests.helpers.command_line import run
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
 
@@ -63,7 +66,7 @@ def test_all_modes_share_frozen_weights(bench):
         model = bench.variant(base, layers, lora)
         own = {name for name, p in model.named_parameters() if p.data_ptr() not in {q.data_ptr() for q in base.parameters()}}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert own == trained and {bench.checkpointing.layer_index(name) for name in trained} == set(layers)
+        assert own == trained and {layer_index(name) for name in trained} == set(layers)
 
 
 def test_modes_on_one_model_do_not_leak_into_each_other(bench):
@@ -92,8 +95,8 @@ def test_true_shapes(bench):
 
 def test_command_line(bench, capsys, tmp_path):
     figure = tmp_path / "step.png"
-    assert bench.main(["--shape", "tiny", "--repeats", "1", "--json", "--plot", str(figure)]) == 0
-    assert set(json.loads(capsys.readouterr().out)["modes"]) == set(bench.MODES)
+    code, out, _ = run(capsys, "--shape", "tiny", "--repeats", 1, "--json", "--plot", figure, main=bench.main)
+    assert code == 0 and set(json.loads(out)["modes"]) == set(bench.MODES)
     assert figure.is_file()
 
 
@@ -104,10 +107,10 @@ def test_command_line(bench, capsys, tmp_path):
         (["--repeats", "0"], "--repeats must be 1 or more"),
         (["--region_memory", "1KB"], "--region_memory 1 KB is too little"),
         (["--plot", "step.jpeg"], "cannot be written as 'step.jpeg'; allowed: .png, .svg, .pdf"),
-        (["--region_memory", "lots"], "'lots' is no memory size"),
+        (["--region_memory", "lots"], "'lots' is not a memory size"),
     ],
 )
 def test_bad_input_is_one_line(bench, capsys, flags, message):
-    assert bench.main(["--shape", "tiny", *flags]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    code, _, err = run(capsys, "--shape", "tiny", *flags, main=bench.main)
+    error = err.strip().splitlines()[-1]  # what is above it is progress
+    assert code == 2 and error.startswith("error: ") and message in error

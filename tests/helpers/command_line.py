@@ -1,4 +1,4 @@
-"""Run `llava-region` in this process, and see that what is wrong ends in one line."""
+"""Run a command line in this process, and see that what is wrong ends in one line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llava_region import LlavaRegionError
-from llava_region.cli import main
+from llava_region.cli import main as llava_region_main
+
+Main = Callable[[list[str]], int]
 
 
 class Ran(NamedTuple):
@@ -19,15 +21,15 @@ class Ran(NamedTuple):
     err: str
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Ran:
-    """Run a command; its arguments may be paths and numbers."""
+def run(capsys: pytest.CaptureFixture[str], *argv: object, main: Main = llava_region_main) -> Ran:
+    """Run `llava-region`, or another command's `main`; its arguments may be paths and numbers."""
     code = main([str(part) for part in argv])
     return Ran(code, *capsys.readouterr())
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *argv: object, main: Main = llava_region_main) -> str:
     """Run a command that is to be refused: exit code 2, one `error: ...` line, nothing else printed; returns the line."""
-    ran = run(capsys, *argv)
+    ran = run(capsys, *argv, main=main)
     assert ran.code == 2 and ran.out == "" and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran
     return ran.err
 

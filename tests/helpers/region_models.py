@@ -1,6 +1,8 @@
 """Small models of several families as upstream has them when training starts, a batch, and what a step of theirs does."""
 
-from types import SimpleNamespace
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from llava_region.data.labels import IGNORE_INDEX
 from llava_region.decoder import find_decoder_layers, linear_modules
+from llava_region.training.recompute_plan import Workload
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 50}
 FAMILIES = {
@@ -26,7 +30,16 @@ FAMILIES = {
 }
 
 
-def build(family="llama", region=(1, 4), *, lora=True, dropout=0.0, reentrant=True, projector_trains=True, attention=None):
+def build(
+    family: str = "llama",
+    region: tuple[int, ...] = (1, 4),
+    *,
+    lora: bool = True,
+    dropout: float = 0.0,
+    reentrant: bool = True,
+    projector_trains: bool = True,
+    attention: str | None = None,
+) -> Any:
     """A model as upstream has it when training starts: LoRA or full tuning on the region, embeddings made to require grad."""
     from peft import LoraConfig, get_peft_model
 
@@ -49,27 +62,29 @@ def build(family="llama", region=(1, 4), *, lora=True, dropout=0.0, reentrant=Tr
         for layer in region:
             layers[layer].requires_grad_(True)
     if projector_trains:
-        model.get_input_embeddings().weight.requires_grad_(True)  # stands for the projector: something in front of the layers
+        model.get_input_embeddings().weight.requires_grad_(True)  # in the projector's place: something in front of the layers
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model.train()
 
 
-def batch(samples=2, length=24, vocab=50):
+def batch(samples: int = 2, length: int = 24, vocab: int = 50) -> dict[str, torch.Tensor]:
+    """Ids, mask and labels (samples, length); the second sample is padded."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocab, (samples, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
 
 
-def gradients(model, inputs=None) -> dict[str, torch.Tensor]:
+def gradients(model: Any, inputs: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Gradients of one step, by the parameter's name."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
     model(**(inputs or batch())).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def count_forwards(model) -> list[int]:
+def count_forwards(model: nn.Module) -> list[int]:
     """Times each decoder layer is run, counted on from here."""
     counts = [0] * len(find_decoder_layers(model).modules)
     for index, layer in enumerate(find_decoder_layers(model).modules):
@@ -78,20 +93,13 @@ def count_forwards(model) -> list[int]:
     return counts
 
 
-def arguments(policy="auto", limit=None, samples=2, length=24):
-    batch_of = {"per_device_train_batch_size": samples, "model_max_length": length}
-    return SimpleNamespace(
-        region_checkpointing=policy,
-        region_memory=limit,
-        gradient_checkpointing=True,
-        supervised_logits=False,
-        bf16=False,
-        fp16=False,
-        **batch_of,
-    )
+def workload(samples: int = 2, length: int = 24) -> Workload:
+    """The largest step of a run whose batches are as `batch` makes them, with upstream's loss."""
+    return Workload(samples, length, supervised_logits=False)
 
 
-def assert_equal(found: dict, expected: dict) -> None:
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same tensors, to the bit."""
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not different

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from llava_region.checkpoints.source import ModelSource
+from llava_region.data.labels import IGNORE_INDEX
 from llava_region.errors import LlavaRegionError
-from llava_region.models import IGNORE, load
+from llava_region.models import load
 from tests.helpers import command_line as helpers
 
 PATCHES = 16  # image tokens an image has in the tiny vision tower
@@ -217,7 +218,7 @@ def test_image_mask_has_the_true_positions(loaded, side):
     rows = [torch.cat(parts) for parts in ([image, text], [text, image, text], [text, image], [image, text[:2], image, text], [text[:3]])]
     torch.manual_seed(0)
     pictures = [[torch.randn(3, 56, 56) for _ in range(int((row == -200).sum()))] for row in rows]
-    labels = [torch.where(row == -200, IGNORE, row + 100) for row in rows]
+    labels = [torch.where(row == -200, IGNORE_INDEX, row + 100) for row in rows]
     batch = loaded.embed(rows, pictures, labels, padding_side=side)
     longest = 2 * PATCHES + 9
     assert batch.inputs_embeds.shape == (5, longest, 64) and batch.image_mask.dtype == torch.bool
@@ -228,7 +229,7 @@ def test_image_mask_has_the_true_positions(loaded, side):
         assert torch.equal(batch.image_mask[i], full == -200)
         assert torch.equal(batch.attention_mask[i], full != 0)
         assert torch.equal(batch.position_ids[i][full != 0], torch.arange(len(expected)))
-        assert torch.equal(batch.labels[i], torch.where(full > 0, full + 100, IGNORE))
+        assert torch.equal(batch.labels[i], torch.where(full > 0, full + 100, IGNORE_INDEX))
         embedded = loaded.model.get_model().embed_tokens(full[full > 0])
         assert torch.equal(batch.inputs_embeds[i][full > 0], embedded)
         features = loaded.model.encode_images(torch.stack(pictures[i])).flatten(0, 1) if pictures[i] else torch.zeros(0, 64)
@@ -294,9 +295,9 @@ def test_an_example_equals_upstreams_training_sample(llava_checkpoint, loaded, r
 
 def test_labels_are_the_answer_and_eos(loaded, records):
     ids, labels = loaded.example(next(r for r in records if r["id"] == "sum-3"))
-    answer = ids[labels != IGNORE]
+    answer = ids[labels != IGNORE_INDEX]
     assert loaded.tokenizer.decode(answer, skip_special_tokens=True).strip() == "7"
-    assert answer[-1] == loaded.tokenizer.eos_token_id and torch.equal(labels[labels != IGNORE], answer)
+    assert answer[-1] == loaded.tokenizer.eos_token_id and torch.equal(labels[labels != IGNORE_INDEX], answer)
     assert (ids == -200).sum() == 0
 
 

@@ -13,10 +13,11 @@ bunny_shims.apply()
 import bunny.model
 
 from llava_region.decoder import find_decoder_layers
+from llava_region.patches.bunny import UPSTREAM
 from llava_region.training import recompute as ckpt
 from llava_region.training import supervised_loss
 from tests.helpers.bunny_models import MODEL_TYPES
-from tests.helpers.region_models import arguments, assert_equal, count_forwards, gradients
+from tests.helpers.region_models import assert_equal, count_forwards, gradients, workload
 
 # phi-1.5 has phi-2's classes
 TYPES = [name for name in MODEL_TYPES if name != "phi-1.5"]
@@ -45,7 +46,7 @@ def build(model_type: str, region=(1, 4)):
 def test_gradients_equal_full_recomputation_to_the_bit(model_type, policy):
     model = build(model_type)
     expected = gradients(model)
-    plan = ckpt.set_up(model, (1, 4), arguments(policy))
+    plan = ckpt.set_up(model, (1, 4), workload(), policy)
     assert plan.recompute == {"all": tuple(range(6)), "region": (1, 4)}.get(policy, ())
     counts = count_forwards(model)
     assert_equal(gradients(model), expected)
@@ -55,11 +56,11 @@ def test_gradients_equal_full_recomputation_to_the_bit(model_type, policy):
 def test_stablelm_checkpoints_by_itself():
     model = build("stablelm-2")
     expected = gradients(model)
-    plan = ckpt.set_up(model, (1, 4), arguments("auto"))
+    plan = ckpt.set_up(model, (1, 4), workload(), "auto")
     assert plan.policy == "all" and "BunnyStableLMModel.forward calls torch.utils.checkpoint itself" in plan.reason
     assert_equal(gradients(model), expected)
     with pytest.raises(ckpt.UnsupportedUpstream, match="--region_checkpointing region is not possible here"):
-        ckpt.set_up(model, (1, 4), arguments("region"))
+        ckpt.set_up(model, (1, 4), workload(), "region")
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -67,7 +68,7 @@ def test_supervised_loss_is_bunnys(model_type, monkeypatch):
     monkeypatch.setattr(supervised_loss, "LOGITS_AT_ONCE", 7 * 50)
     model = build(model_type)
     expected = gradients(model)
-    assert supervised_loss.install(model) is None
+    assert supervised_loss.install(model, UPSTREAM.intercept_labels) is None
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -89,19 +89,19 @@ class Seeing(Model):
         return super().loss() + (self.model.vision_tower(torch.ones(1, 2)).sum() if self.tower_used else 0)
 
 
-@pytest.mark.parametrize("ids", [[5, -200], [5, 5]])
-def test_an_unfrozen_tower_has_to_learn_from_images(ids):
+@pytest.mark.parametrize("image", [[False, True], [False, False]])
+def test_an_unfrozen_tower_has_to_learn_from_images(image):
     """Without a gradient for the tower: stopped after some batches with images, never by batches of text."""
     model = Seeing(tower_used=False)
     audit = GradientAudit(model, Region((0, 1, 2), 3, "test"))
 
     def step():
-        audit.see_labels(torch.tensor([[-100, 7]]), torch.tensor([ids]))
+        audit.see_labels(torch.tensor([[-100, 7]]), torch.tensor([image]))
         model.loss().backward()
         return audit.conclude(CPU, lambda t: t)
 
     assert [step() for _ in range(7)] == [False] * 7
-    if -200 in ids:
+    if any(image):
         with pytest.raises(LlavaRegionError, match="the vision tower was to be trained, but got no gradient from 8 batches"):
             step()
     else:
@@ -122,6 +122,19 @@ def test_empty_groups_are_dropped_before_a_scheduler_is_built():
     assert [group["region_part"] for group in optimizer.param_groups] == ["llm", "projector", "projector"]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     assert check_rates(optimizer, scheduler, 2e-4, 2e-5) == {"llm": 2e-4, "projector": 2e-5}
+
+
+def test_what_a_group_trains_goes_by_the_declared_parts():
+    model = Model()
+    model.model.vision_tower = nn.Linear(2, 2)
+    both = [*model.model.layers.parameters(), model.model.mm_projector.weight]
+    optimizer = torch.optim.AdamW([{"params": [model.model.vision_tower.weight]}, {"params": both}])
+    name_and_drop_groups(optimizer, model)
+    assert [group["region_part"] for group in optimizer.param_groups] == ["projector", "both"]
+    model.model.resampler = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": [model.model.resampler.weight]})
+    with pytest.raises(LlavaRegionError, match=r"'model\.resampler\.weight' belongs to no part of a model"):
+        name_and_drop_groups(optimizer, model)
 
 
 def test_shifted_rates_stop():

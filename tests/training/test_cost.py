@@ -28,7 +28,8 @@ def test_a_resumed_run_adds_to_what_its_checkpoint_says(tmp_path):
     meter.resume(tmp_path)
     meter.on_train_begin(None, None, None)
     meter.started -= 3600
-    meter.count({"input_ids": torch.tensor([[1, -200, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.bool)}, patches=16)
+    inputs = {"input_ids": torch.tensor([[1, 0, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.bool)}
+    meter.count(inputs, torch.tensor([[False, True, False]]), features_per_image=16)
     cost = totals(meter, arguments(4))
     assert cost["hours"] == pytest.approx(3, abs=1e-2) and cost["gpu_hours"] == pytest.approx(20, abs=1e-2)
     assert cost["samples"] == 104 and cost["tokens"] == 900 + 4 * 18 and cost["gpus"] == 4

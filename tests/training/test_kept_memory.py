@@ -4,27 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from llava_region.errors import LlavaRegionError
+from llava_region.decoder import parent_of
 from llava_region.training import kept_memory as memory
-from llava_region.training import recompute as ckpt
 from llava_region.training.kept_memory import KeptBytes, measure, saved_peak
-from llava_region.training.recompute import Plan, install
-from llava_region.training.sizes import parse_size
-from tests.helpers.region_models import FAMILIES, arguments, assert_equal, batch, build, gradients
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("4096", 4096), (".5KB", 500)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "two GB", "2 GBit", "-1GB", "0", "1e9", "2GB 3MB", "nan"])
-def test_bad_sizes_are_refused(text):
-    with pytest.raises(LlavaRegionError, match="no memory size; allowed"):
-        parse_size(text)
+from llava_region.training.recompute import install
+from llava_region.training.recompute_plan import Plan
+from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, gradients, workload
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -47,7 +34,7 @@ def _forward_bytes(model, inputs) -> int:
     """Bytes kept when the forward pass of the decoder layers ends."""
     with saved_peak() as peak:
         hidden = model.get_input_embeddings()(inputs["input_ids"])
-        output = memory.parent_of(model)(inputs_embeds=hidden, attention_mask=inputs["attention_mask"])
+        output = parent_of(model)(inputs_embeds=hidden, attention_mask=inputs["attention_mask"])
         found = peak()
     del output
     return found
@@ -57,11 +44,11 @@ def test_measuring_leaves_model_and_random_state_alone():
     model = build(dropout=0.2)
     model.get_input_embeddings().eval()
     before, expected = torch.get_rng_state(), gradients(model)
-    state = copy.copy(memory.parent_of(model).__dict__)
+    state = copy.copy(parent_of(model).__dict__)
     torch.set_rng_state(before)
     measure(model, (1, 2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert memory.parent_of(model).__dict__ == state
+    assert parent_of(model).__dict__ == state
     assert not model.get_input_embeddings().training
     assert_equal(gradients(model), expected)
 
@@ -73,14 +60,30 @@ def test_a_sample_of_two_layers_keeps_what_the_model_keeps(family, lora):
 
     model = build(family, lora=lora, dropout=0.05)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05) if lora else None
-    sample = memory.sample_model(memory.parent_of(model).config, FAMILIES[family][0], lora=config)
+    sample = memory.sample_model(parent_of(model).config, FAMILIES[family][0], lora=config)
     assert list(measure(sample, (0, 1)).values()) == list(measure(model, (2, 4)).values())
 
 
 def test_a_model_on_the_meta_device_is_planned_as_the_real_one():
     model = build(region=(1, 4), dropout=0.05)
-    expected = ckpt.activations_of(model, arguments())
-    assert ckpt.activations_of(model.to("meta"), arguments()) == expected
+    expected = memory.activations_of(model, workload())
+    assert memory.activations_of(model.to("meta"), workload()) == expected
+
+
+@pytest.mark.parametrize(
+    ("trains", "lowest"),
+    [((), 1), (("norm",), 1), (("lm_head",), 1), (("embed_tokens",), 0), (("mm_projector",), 0), (("image_newline",), 0)],
+)
+def test_lowest_differentiated_layer(trains, lowest):
+    model = build(lora=False, projector_trains=False)
+    parent = model.get_decoder()
+    parent.mm_projector, parent.image_newline = nn.Linear(2, 2), nn.Parameter(torch.zeros(2))
+    for module in (parent.mm_projector, parent.image_newline):
+        module.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")) & set(trains):
+            parameter.requires_grad_(True)
+    assert memory.lowest_differentiated(model) == lowest
 
 
 def test_fit_recovers_all_three_terms():

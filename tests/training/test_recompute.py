@@ -1,91 +1,20 @@
-"""Recomputing some decoder layers: what is chosen, and that gradients are those of full recomputation."""
+"""Recomputing some decoder layers: gradients are those of full recomputation."""
 
 import pytest
 import torch
 from torch import nn
 
-from llava_region.decoder import find_decoder_layers
-from llava_region.errors import LlavaRegionError, UnsupportedUpstream
+from llava_region.decoder import find_decoder_layers, layer_index, parent_of
+from llava_region.errors import UnsupportedUpstream
 from llava_region.training import kept_memory as memory
-from llava_region.training import recompute as ckpt
 from llava_region.training.kept_memory import saved_peak
-from llava_region.training.recompute import Activations, Plan, install, make_plan, set_up, uninstall
-from tests.helpers.region_models import FAMILIES, arguments, assert_equal, batch, build, count_forwards, gradients
+from llava_region.training.recompute import install, out_of_memory_hint, set_up, uninstall
+from llava_region.training.recompute_plan import Plan
+from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, workload
 
 
 def plan_of(recompute, first=0) -> Plan:
     return Plan(tuple(recompute), "auto", "", 0, None, first)
-
-
-@pytest.mark.parametrize(
-    ("policy", "limit", "checkpointing", "message"),
-    [
-        ("some", None, True, "--region_checkpointing 'some' is unknown; allowed: auto, all, region, none"),
-        ("auto", "2 potatoes", True, "'2 potatoes' is no memory size"),
-        ("none", "2GB", True, "it needs that policy"),
-        ("auto", "2GB", False, "--gradient_checkpointing True"),
-        ("region", None, False, "--region_checkpointing region needs --gradient_checkpointing True"),
-    ],
-)
-def test_bad_flags_are_refused(policy, limit, checkpointing, message):
-    with pytest.raises(LlavaRegionError, match=message):
-        ckpt.check_flags(policy, limit, checkpointing)
-
-
-def test_good_flags_are_accepted():
-    for policy in ckpt.POLICIES:
-        ckpt.check_flags(policy, None, True)
-    ckpt.check_flags("auto", None, False)
-    ckpt.check_flags("auto", "2GB", True)
-
-
-KEPT = (10, 10, 40, 10, 40, 10)
-
-
-@pytest.mark.parametrize(
-    ("policy", "budget", "recompute"),
-    [
-        ("all", None, (0, 1, 2, 3, 4, 5)),
-        ("region", None, (2, 4)),
-        ("none", None, ()),
-        ("auto", 126, ()),  # 120 kept and 6 inputs
-        ("auto", 125, (2,)),
-        ("auto", 86, (2,)),
-        ("auto", 85, (2, 4)),
-        ("auto", 75, (2, 4)),  # while layer 4 is run again: its 40, 3 frozen layers below it, 5 inputs
-        ("auto", 74, (0, 2, 4)),
-        ("auto", 55, (0, 1, 2, 4)),
-        ("auto", 40, (0, 1, 2, 3, 4, 5)),
-    ],
-)
-def test_policies_choose(policy, budget, recompute):
-    plan = make_plan(policy, (2, 4), Activations(KEPT, (1.0,) * 6, 1), budget, "a test")
-    assert plan.recompute == recompute
-    assert plan.policy == policy and f"--region_checkpointing {policy}" in plan.reason
-
-
-def test_time_decides_between_layers_of_equal_bytes():
-    activations = Activations((10, 10, 10), (1.0, 0.5, 2.0), 0)
-    assert make_plan("auto", (1,), activations, 25, "a test").recompute == (1,)
-
-
-def test_logits_and_mask_count_against_the_budget():
-    activations = Activations((10, 10), (1.0, 1.0), 1, mask=5, head=7)
-    assert activations.peak(()) == 5 + 22 + 7
-    assert activations.peak((1,)) == 5 + 11 + 1 + 10  # the logits are gone when layer 1 is run again
-    assert make_plan("auto", (), activations, 34, "a test").recompute == ()
-    assert make_plan("auto", (), activations, 33, "a test").recompute == (0,)
-
-
-def test_auto_does_not_touch_layers_that_keep_nothing():
-    plan = make_plan("auto", (2, 4), Activations(KEPT, (1.0,) * 6, 1, first=2), 1, "a test")
-    assert plan.recompute == (2, 3, 4, 5) and plan.first == 2
-    assert "which may not be enough" in plan.reason and "below 2" in plan.reason
-
-
-def test_a_limit_by_hand_that_cannot_be_met_is_refused():
-    with pytest.raises(LlavaRegionError, match=r"--region_memory 40 B is too little.*take 45 B"):
-        make_plan("auto", (2, 4), Activations(KEPT, (1.0,) * 6, 1), 40, "--region_memory")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +33,7 @@ def test_gradients_equal_full_recomputation_to_the_bit(family, reentrant, lora, 
 
 def test_install_replaces_and_uninstall_restores():
     model = build()
-    parent = memory.parent_of(model)
+    parent = parent_of(model)
     upstream = parent._gradient_checkpointing_func
     install(model, plan_of((1,)))
     install(model, plan_of((1, 2)))
@@ -132,9 +61,9 @@ def test_evaluation_recomputes_nothing():
 def test_nothing_below_the_region_is_differentiated_when_the_projector_is_frozen(reentrant, recompute, lora):
     model = build(region=(2, 5), lora=lora, reentrant=reentrant, projector_trains=False)
     expected = gradients(model)
-    assert {ckpt.layer_index(name) for name in expected} == {2, 5}
+    assert {layer_index(name) for name in expected} == {2, 5}
     assert _differentiated(model) == [0, 1, 2, 3, 4, 5]  # upstream's waste
-    first = ckpt.lowest_differentiated(model)
+    first = memory.lowest_differentiated(model)
     assert first == 2
     install(model, plan_of(recompute, first))
     assert _differentiated(model) == [2, 3, 4, 5]
@@ -157,27 +86,11 @@ def _differentiated(model) -> list[int]:
     return sorted(reached)
 
 
-@pytest.mark.parametrize(
-    ("trains", "lowest"),
-    [((), 1), (("norm",), 1), (("lm_head",), 1), (("embed_tokens",), 0), (("mm_projector",), 0), (("image_newline",), 0)],
-)
-def test_lowest_differentiated_layer(trains, lowest):
-    model = build(lora=False, projector_trains=False)
-    parent = model.get_decoder()
-    parent.mm_projector, parent.image_newline = nn.Linear(2, 2), nn.Parameter(torch.zeros(2))
-    for module in (parent.mm_projector, parent.image_newline):
-        module.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if set(name.split(".")) & set(trains):
-            parameter.requires_grad_(True)
-    assert ckpt.lowest_differentiated(model) == lowest
-
-
 @pytest.mark.parametrize(("policy", "recompute"), [("all", range(6)), ("region", (1, 4)), ("none", ()), ("auto", ())])
 def test_set_up_with_memory_to_spare(policy, recompute):
     model = build(dropout=0.1)
     expected = gradients(model)
-    plan = set_up(model, (1, 4), arguments(policy))
+    plan = set_up(model, (1, 4), workload(), policy)
     assert plan.recompute == tuple(recompute)
     assert_equal(gradients(model), expected)
 
@@ -185,10 +98,10 @@ def test_set_up_with_memory_to_spare(policy, recompute):
 @pytest.mark.parametrize("share", [1.0, 0.8, 0.6, 0.45])
 def test_auto_stays_under_a_limit_set_by_hand(share):
     model, inputs = build(), batch(samples=2, length=64)
-    everything = set_up(model, (1, 4), arguments("none", length=64)).bytes_kept
+    everything = set_up(model, (1, 4), workload(length=64), "none").bytes_kept
     limit = int(everything * share)
-    plan = set_up(model, (1, 4), arguments("auto", f"{limit}B", length=64))
-    fewer = set_up(model, (1, 4), arguments("auto", f"{everything}B", length=64))
+    plan = set_up(model, (1, 4), workload(length=64), "auto", f"{limit}B")
+    fewer = set_up(model, (1, 4), workload(length=64), "auto", f"{everything}B")
     assert not fewer.recompute and bool(plan.recompute) == (share < 1)
     install(model, plan)
     with saved_peak() as peak:
@@ -202,18 +115,18 @@ def test_a_model_that_checkpoints_by_itself_is_told_apart():
             return torch.utils.checkpoint.checkpoint(self.layers[0], hidden_states)
 
     model = build(lora=False)
-    memory.parent_of(model).__class__ = OldStyle
-    plan = set_up(model, (1, 4), arguments("auto"))
+    parent_of(model).__class__ = OldStyle
+    plan = set_up(model, (1, 4), workload(), "auto")
     assert plan.recompute == tuple(range(6)) and "OldStyle.forward calls torch.utils.checkpoint itself" in plan.reason
     with pytest.raises(UnsupportedUpstream, match=r"--region_checkpointing region is not possible here.*allowed: all"):
-        set_up(model, (1, 4), arguments("region"))
+        set_up(model, (1, 4), workload(), "region")
     with pytest.raises(UnsupportedUpstream, match="OldStyle"):
         install(model, plan_of(()))
 
 
 def test_data_parallel_keeps_upstreams_checkpointing():
     model = nn.DataParallel(build())
-    plan = set_up(model, (1, 4), arguments("auto"))
+    plan = set_up(model, (1, 4), workload(), "auto")
     assert plan.policy == "all" and "DataParallel" in plan.reason
 
 
@@ -230,9 +143,9 @@ def test_install_needs_gradient_checkpointing():
 )
 def test_out_of_memory_names_the_flag(policy, hint):
     error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    with pytest.raises(error, match=f"CUDA out of memory.*{hint}"), ckpt.out_of_memory_hint(arguments(policy)):
+    with pytest.raises(error, match=f"CUDA out of memory.*{hint}"), out_of_memory_hint(policy, True):
         raise error("CUDA out of memory.")
-    with pytest.raises(RuntimeError, match=r"^another$"), ckpt.out_of_memory_hint(arguments(policy)):
+    with pytest.raises(RuntimeError, match=r"^another$"), out_of_memory_hint(policy, True):
         raise RuntimeError("another")
 
 
@@ -241,11 +154,11 @@ def _rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model = build()
-    full = set_up(model, (1, 4), arguments("none")).bytes_kept
-    largest = max(ckpt.activations_of(model, arguments()).kept)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) * ckpt.TRAINABLE_BYTES
-    ckpt.free_memory = lambda device: int((full * (3.0, 0.9)[rank] + largest + trainable) / (1 - ckpt.MARGIN))
-    plan = set_up(nn.parallel.DistributedDataParallel(model), (1, 4), arguments("auto"))
+    full = set_up(model, (1, 4), workload(), "none").bytes_kept
+    largest = max(memory.activations_of(model, workload()).kept)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) * memory.TRAINABLE_BYTES
+    memory.free_memory = lambda device: int((full * (3.0, 0.9)[rank] + largest + trainable) / (1 - memory.MARGIN))
+    plan = set_up(nn.parallel.DistributedDataParallel(model), (1, 4), workload(), "auto")
     with open(f"{folder}/{rank}", "w") as out:
         out.write(f"{plan.recompute} {plan.budget}")
     torch.distributed.destroy_process_group()
@@ -255,38 +168,3 @@ def test_two_ranks_come_to_the_same_plan(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert first == second and not first.startswith("()")
-
-
-def dry_run(tiny, tmp_path, capsys, **flags) -> tuple[int, str, str]:
-    pytest.importorskip("llava.train.train")
-    from llava_region.train import main
-    from tests.helpers.training_runs import llava_flags
-
-    code = main(["llava", *llava_flags(tiny, tmp_path / "run", **{"dry_run": True, **flags}), "--tune_layers", "2,6"])
-    return code, *capsys.readouterr()
-
-
-def test_dry_run_shows_what_each_policy_takes(tiny, tmp_path, capsys):
-    code, out, _ = dry_run(tiny, tmp_path, capsys, freeze_mm_mlp_adapter=True, region_memory="60MB")
-    assert code == 0
-    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line)
-    assert rows["activations"].startswith("largest batch, 4 x 512 tokens")
-    counts = [rows[policy].partition(", ")[2] for policy in ("all", "region", "none")]
-    assert counts == ["6 layers recomputed", "2 layers recomputed", "0 layers recomputed"]
-    assert "of 60 MB (--region_memory); layers below 2 run without autograd" in rows["auto"]
-
-
-def test_a_limit_that_cannot_be_met_is_refused_before_weights_load(tiny, tmp_path, capsys):
-    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB")
-    assert code == 2 and "error: --region_memory 1 MB is too little" in err
-    code, _, err = dry_run(tiny, tmp_path, capsys, region_memory="1MB", dry_run=False)
-    assert code == 2 and "error: --region_memory 1 MB is too little" in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_dry_run_without_a_limit(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "all kept (--gradient_checkpointing False)" in dry_run(tiny, tmp_path, capsys, gradient_checkpointing=False)[1]
-    assert "what would fit on cpu here" in dry_run(tiny, tmp_path, capsys)[1]
-    assert "chosen when training starts by the GPU's free memory" in dry_run(tiny, tmp_path, capsys, use_cpu=None)[1]
-    assert dry_run(tiny, tmp_path, capsys, region_checkpointing="region")[1].splitlines()[-1].split() == ["chosen", "region"]

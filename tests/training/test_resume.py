@@ -1,64 +1,21 @@
-"""A finished adapter is read again: what must be refused, on files written by hand."""
+"""What a run that goes on from a checkpoint restores."""
 
+import random
+from types import SimpleNamespace
+
+import numpy
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from llava_region import LlavaRegionError, Region
-from llava_region.training.finish import check_adapter, check_full
-from llava_region.training.resume import checkpoints, load_non_lora
-
-REGION = Region((1, 6), 8, "1,6")
-
-
-def adapter(**changes) -> dict[str, torch.Tensor]:
-    """LoRA of two layers, one module each; `changes` go by `LAYER_A` or `LAYER_B`, such as `l6_B`."""
-    tensors = {f"l{layer}_{part}": torch.full((2, 2), 0.5) for layer in (1, 6) for part in "AB"} | changes
-    names = {key: f"base_model.model.model.layers.{key[1]}.self_attn.q_proj.lora_{key[3]}.weight" for key in tensors}
-    return {names[key]: tensor for key, tensor in tensors.items() if tensor is not None}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, None),
-        ({"l1_A": torch.zeros(2, 2)}, None),
-        ({"l6_B": torch.zeros(2, 2)}, r"layers \[6\] .* were not changed by training"),
-        ({"l6_B": torch.tensor([[float("nan")] * 2] * 2)}, "not finite"),
-        ({"l6_A": torch.zeros(0)}, "empty tensors"),
-        ({"l6_A": None, "l6_B": None}, r"holds layers \[1\], the region is \[1, 6\]"),
-        ({"l3_B": torch.ones(2, 2)}, r"holds layers \[1, 3, 6\]"),
-    ],
+from llava_region import LlavaRegionError
+from llava_region.training.resume import (
+    AllStepsDone,
+    EpochOrder,
+    NoStepTooMany,
+    load_non_lora,
+    load_trained_parameters_only,
+    numpy_state_loadable,
 )
-def test_adapter(tmp_path, changes, message):
-    save_file(adapter(**changes), tmp_path / "adapter_model.safetensors")
-    if message is None:
-        assert check_adapter(tmp_path, REGION) == 4
-        return
-    with pytest.raises(LlavaRegionError, match=message):
-        check_adapter(tmp_path, REGION)
-
-
-def test_no_adapter(tmp_path):
-    with pytest.raises(LlavaRegionError, match="left no adapter"):
-        check_adapter(tmp_path, REGION)
-
-
-def test_full_model(tmp_path):
-    with pytest.raises(LlavaRegionError, match="left no model"):
-        check_full(tmp_path, REGION)
-    tensors = {f"model.layers.{i}.mlp.weight": torch.ones(2) for i in range(8)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    check_full(tmp_path, REGION)
-    save_file(tensors | {"model.layers.6.mlp.weight": torch.zeros(0)}, tmp_path / "model.safetensors")
-    with pytest.raises(LlavaRegionError, match=r"layers \[6\] are missing or empty"):
-        check_full(tmp_path, REGION)
-
-
-def test_checkpoints_go_by_number(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "tmp-checkpoint-11"):
-        (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 def test_projector_has_to_fit(tmp_path):
@@ -71,3 +28,62 @@ def test_projector_has_to_fit(tmp_path):
     torch.save({"weight": torch.ones(3, 2)}, tmp_path / "non_lora_trainables.bin")
     with pytest.raises(LlavaRegionError, match="does not fit the model"):
         load_non_lora(model, tmp_path)
+
+
+def test_an_interrupted_epoch_begins_with_its_own_random_state_once(tmp_path):
+    first = EpochOrder()
+    first.on_epoch_begin(None, None, None)
+    order = torch.randperm(100)
+    torch.rand(7)  # whatever the steps draw
+    first.save(tmp_path)
+    resumed = EpochOrder()
+    resumed.resume(tmp_path)
+    torch.manual_seed(5)
+    resumed.on_epoch_begin(None, None, None)
+    assert torch.equal(torch.randperm(100), order) and torch.equal(resumed.state, first.state)
+    resumed.on_epoch_begin(None, None, None)
+    assert not torch.equal(torch.randperm(100), order)
+
+
+def test_a_checkpoint_without_the_state_changes_nothing(tmp_path):
+    order = EpochOrder()
+    order.resume(tmp_path)
+    before = torch.get_rng_state()
+    order.on_epoch_begin(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(order.state, before)
+
+
+@pytest.mark.parametrize(("step", "steps_per_epoch", "taken"), [(6, 3, True), (7, 3, False), (1, 0, True)])
+def test_between_two_epochs_the_order_is_that_of_the_state_which_was_loaded(step, steps_per_epoch, taken):
+    order = EpochOrder()
+    order.random_state_loaded(step, steps_per_epoch)
+    assert (order.state is not None) == taken
+
+
+@pytest.mark.parametrize(("step", "most", "ends"), [(4, 4, True), (5, 4, True), (3, 4, False), (3, 0, False)])
+def test_no_step_too_many(step, most, ends):
+    state = SimpleNamespace(global_step=step, max_steps=most)
+    if not ends:
+        return NoStepTooMany().on_train_begin(None, state, None)
+    with pytest.raises(AllStepsDone):
+        NoStepTooMany().on_train_begin(None, state, None)
+
+
+def test_deepspeed_loads_what_trained_alone():
+    class Engine:
+        def load_checkpoint(self, folder, load_module_strict=True):
+            return folder, load_module_strict
+
+    accelerator = SimpleNamespace(prepare=lambda *parts: parts if len(parts) > 1 else parts[0])
+    load_trained_parameters_only(accelerator)
+    engine, scheduler = accelerator.prepare(Engine(), "a scheduler")
+    assert engine.load_checkpoint("x") == ("x", False) and scheduler == "a scheduler"
+    assert accelerator.prepare(Engine()).load_checkpoint("x") == ("x", False)
+
+
+def test_random_states_of_transformers_are_read(tmp_path):
+    saved = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(saved, tmp_path / "rng_state.pth")
+    with numpy_state_loadable():
+        read = torch.load(tmp_path / "rng_state.pth", weights_only=True)
+    assert (read["numpy"][1] == saved["numpy"][1]).all()

@@ -1,5 +1,6 @@
 """Logits only where labels are: the same loss and gradients as upstream's, and the same losses over 50 steps of training."""
 
+import functools
 import json
 import types
 from types import SimpleNamespace
@@ -149,6 +150,41 @@ def test_hidden_states_that_do_not_fit_the_labels_are_refused(model):
         model(**{**batch(), "labels": batch()["labels"][:, 1:]})
 
 
+def intercepting(calls: list):
+    """An upstream's `intercept_labels` that notes what it is given, and that it was undone."""
+
+    def intercept(causal, receive):
+        calls.append(receive)
+        return lambda: calls.append("undone")
+
+    return intercept
+
+
+def test_labels_that_an_upstream_moves_are_waited_for():
+    model, calls = FAMILIES["llama"](), []
+    forward, inputs = model.forward, batch()
+    loss, _ = step(model.train(), inputs)
+
+    def merging(labels=None, merge=True, **kwargs):
+        """Hands its labels over on the way, as an upstream's forward does where it puts image features in."""
+        return forward(**kwargs, labels=calls[0](labels) if merge else labels)
+
+    model.forward = functools.wraps(forward)(merging)
+    assert supervised_loss.install(model, intercepting(calls)) is None
+    assert calls[0](inputs["labels"]) is inputs["labels"]  # outside of a step
+    torch.testing.assert_close(model(**inputs).loss, loss, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="did not put image features in where it was expected to; give --supervised_logits False"):
+        model(**inputs, merge=False)
+    supervised_loss.uninstall(model)
+    assert calls[1:] == ["undone"] and model.forward.__wrapped__ == forward
+
+
+def test_a_model_without_a_head_is_left_alone():
+    model = FAMILIES["llama"]()
+    model.get_output_embeddings = lambda: None
+    assert "does not compute the plain cross-entropy of a head" in supervised_loss.why_not(model)
+
+
 def mixtral():
     return MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=2))
 
@@ -198,11 +234,13 @@ def llava_batch(tiny):
 
 
 def test_upstreams_llava_under_peft(llava_batch):
+    from llava_region.patches.llava import UPSTREAM
+
     model, inputs = llava_batch
     loss, gradients = step(model, inputs)
     assert any("mm_projector" in name for name in gradients) and any("lora_A" in name for name in gradients)
     seen = rows_seen(model.get_base_model().lm_head)
-    assert supervised_loss.install(model) is None
+    assert supervised_loss.install(model, UPSTREAM.intercept_labels) is None
     ours, found = step(model, inputs)
     assert seen == [(inputs["labels"] != -100).sum()]
     torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
