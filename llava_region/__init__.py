@@ -60,5 +60,7 @@ for _name, _home in {
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return import_module("llava_region.models.loading").load
+        return import_module("llava_region.models").load
+    if name == "models":
+        return import_module("llava_region.models")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

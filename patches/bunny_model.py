@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bunny import conversation
-from bunny import model as bunny_models
+from bunny import conversation  # pyright: ignore[reportAttributeAccessIssue] - takes bunny.py next to this file for it
+from bunny import model as bunny_models  # pyright: ignore[reportAttributeAccessIssue]
 from bunny.constants import DEFAULT_IMAGE_TOKEN
 from bunny.util import data_utils
 from bunny.util.mm_utils import process_images, tokenizer_image_token

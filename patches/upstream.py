@@ -217,7 +217,7 @@ class Upstream(ABC):
     def checkout_of(self, script: Path) -> Path | None:
         """Root of the checkout that a train script lies in, or None if it is not this upstream's."""
 
-    def argument_classes(self) -> tuple[type, type, type]:
+    def argument_classes(self) -> tuple[Any, Any, Any]:
         """The three dataclasses that `train()` parses its command line into, ours in place of TrainingArguments."""
         from llava_region.training.arguments import extend_arguments
 

@@ -13,7 +13,7 @@ from llava_region.data.images import read_pixels
 from llava_region.data.records import PLACEHOLDER, Form, check_each, read_list, record_problem, require_images, scoring_images
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
 
     from llava_region.models.loading import LoadedModel
 
@@ -82,7 +82,7 @@ def read_samples(
     return samples, datasets
 
 
-def embed_inputs(loaded: LoadedModel, sample: Sample, prompt: str | None) -> tuple[LongTensor, list[Tensor]]:
+def embed_inputs(loaded: LoadedModel, sample: Sample, prompt: str | None) -> tuple[Tensor, list[Tensor]]:
     """Token ids (T,) and pixel values (a list of (3, H, W)) of a sample, as `LoadedModel.embed` takes them.
 
     A whole conversation goes through the training template, answers included; the prompt, or a question without an

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 from llava_region.checkpoints.adapter import LoraUpdate, read_adapter, trained_whole
 from llava_region.checkpoints.source import ModelLike, ModelSource
@@ -199,6 +198,6 @@ def _sums(theta: Tensor, other: Tensor, is_delta: bool, below: float, buffer: Te
     products = [a.dot(a), a.dot(d), d.dot(d)]
     sums = [a.abs_().sum(), d.abs_().sum()]
     # |theta| <= below becomes -inf: delta / -inf adds nothing, and its sign counts it
-    threshold_(a, below, -math.inf)
+    torch.threshold_(a, below, -math.inf)
     sums.append(d.div_(a).sum())
     return torch.stack([*products, *sums, a.sign_().sum()]).double()

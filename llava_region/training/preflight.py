@@ -67,7 +67,7 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     return Preflight(args, recipe, region, config, records)
 
 
-def parse(classes: tuple[type, ...], flags: list[str]) -> Namespace:
+def parse(classes: tuple[Any, ...], flags: list[str]) -> Namespace:
     """Parse flags into a namespace, without building the upstream's TrainingArguments (which starts devices and DeepSpeed).
 
     Raises:
