@@ -21,7 +21,7 @@ from llava_region.scores.sums import Sums
 if TYPE_CHECKING:
     from llava_region.models.loading import LoadedModel
 
-    Inputs = list[tuple[torch.LongTensor, list[torch.Tensor]]]  # of each sample of a batch, as `embed_inputs` returns them
+    Inputs = list[tuple[torch.Tensor, list[torch.Tensor]]]  # of each sample of a batch, as `embed_inputs` returns them
 
 SAVE_SECONDS = 60
 WORKERS = 1  # threads that prepare batches; no more, as the upstreams' preprocessing sets a global template while it runs

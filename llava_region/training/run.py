@@ -142,9 +142,7 @@ def check_trainable(model: nn.Module, region: Region, *, lora: bool, vision: boo
     Raises:
         LlavaRegionError: lists the parameters or layers; or a parameter belongs to no known part of a model.
     """
-    parts: dict[str, Part] = {
-        name: part_of(name) for name, _ in model.named_parameters()
-    }  # also of what is frozen: nothing is so by default
+    parts: dict[str, Part] = {name: part_of(name) for name, _ in model.named_parameters()}  # frozen ones too
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     wrong = [name for name in trainable if not _may_train(name, parts[name], region, lora, vision)]
     if wrong:
