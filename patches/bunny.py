@@ -1,4 +1,4 @@
-"""Bunny. Tested at 08273ac; it is on no package index."""
+"""Bunny, which is on no package index."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Bunny(LLaVAFamily):
     name = "bunny"
     title = "Bunny"
     commit = "08273ac"
-    tested = "Bunny 08273ac"
-    how_to_get = "put a checkout of BAAI-DCAI/Bunny at 08273ac on PYTHONPATH, or give the path of bunny/train/train.py in it"
-    get_command = "clone github.com/BAAI-DCAI/Bunny at 08273ac, and put it on PYTHONPATH"
+    tested = f"Bunny {commit}"
+    how_to_get = f"put a checkout of BAAI-DCAI/Bunny at {commit} on PYTHONPATH, or give the path of bunny/train/train.py in it"
+    variables = ("BUNNY_ROOT",)
     distributions = ("bunny",)
     architectures = {
         "bunny-llama": "BunnyLlamaForCausalLM", "bunny-minicpm": "BunnyMiniCPMForCausalLM", "bunny-phi": "BunnyPhiForCausalLM",
@@ -61,8 +61,10 @@ class Bunny(LLaVAFamily):
         "freeze_backbone", "pretrain_mm_mlp_adapter", "mm_projector_type",
     )  # fmt: skip
 
-    def transformers_finding(self, version: str) -> str | None:
-        return f"Bunny was tested with transformers 4.39.3 to 4.41.2, not with {version}" if super().transformers_finding(version) else None
+    def get_command(self, environment: Mapping[str, str]) -> str:
+        if root := environment.get("BUNNY_ROOT"):  # the checkout that this package's own tests run against
+            return f"export PYTHONPATH={root}"
+        return f"clone github.com/BAAI-DCAI/Bunny at {self.commit}, and put it on PYTHONPATH"
 
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:
         """Besides what the family checks: model type, template and tower have to fit each other and the model."""

@@ -1,4 +1,4 @@
-"""LLaVA. Tested at c121f04, which PyPI has as llava-torch 1.2.2.post1."""
+"""LLaVA, which PyPI has as llava-torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from llava_region.patches.llava_model import LLaVAModels
 
+RELEASE = "1.2.2.post1"  # of llava-torch, made from the commit
+
 
 class LLaVA(LLaVAFamily):
     """LLaVA-1.5 on Llama and Vicuna, LLaVA-Mistral; the layer names of LLaVA-MPT, which its commit cannot run, are known."""
@@ -23,9 +25,8 @@ class LLaVA(LLaVAFamily):
     name = "llava"
     title = "LLaVA"
     commit = "c121f04"
-    tested = "LLaVA c121f04 (llava-torch 1.2.2.post1)"
-    how_to_get = "install it with 'pip install --no-deps llava-torch==1.2.2.post1', or give the path of llava/train/train.py in a checkout"
-    get_command = "pip install --no-deps llava-torch==1.2.2.post1"
+    tested = f"LLaVA {commit} (llava-torch {RELEASE})"
+    how_to_get = f"install it with 'pip install --no-deps llava-torch=={RELEASE}', or give the path of llava/train/train.py in a checkout"
     distributions = ("llava-torch", "llava")
     # `llava` is what LLaVA called its Llama models before transformers took that name for a model of its own
     architectures = {
@@ -33,13 +34,14 @@ class LLaVA(LLaVAFamily):
         "llava_mpt": "LlavaMptForCausalLM",
     }  # fmt: skip
     supported = {
-        "python": ">=3.10,<3.13", "torch": ">=2.1", "transformers": ">=4.37,<4.38", "tokenizers": ">=0.14,<0.19", "peft": ">=0.10,<0.13",
+        "python": ">=3.10,<3.13", "torch": ">=2.1", "transformers": ">=4.36,<4.38", "tokenizers": ">=0.14,<0.19", "peft": ">=0.10,<0.13",
         "accelerate": ">=0.21,<1.0", "deepspeed": ">=0.16,<0.19.8", "numpy": "<2", "bitsandbytes": ">=0.41", "flash-attn": ">=2.3",
     }  # fmt: skip
     pinned = {
         "torch": "2.13.0", "transformers": "4.37.2", "tokenizers": "0.15.1", "peft": "0.10.0", "accelerate": "0.34.2",
         "deepspeed": "0.16.9", "numpy": "1.26.4",
     }  # fmt: skip
+    without = {"flash-attn": "train with LLaVA's train.py, as train_mem.py asks for flash attention"}
     probe = "import llava.train.train; from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM"
     train_module_name = "llava.train.train"
     trainer = "LLaVATrainer"
@@ -47,13 +49,17 @@ class LLaVA(LLaVAFamily):
     model_fields = ("model_name_or_path", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter")
     train_parameters = ("attn_implementation",)
 
+    def get_command(self, environment: Mapping[str, str]) -> str:
+        return f"pip install --no-deps llava-torch=={RELEASE}"
+
     def transformers_finding(self, version: str) -> str | None:
         from packaging.version import Version
 
-        if Version(version) >= Version("4.38"):
-            return f"transformers {version} passes cache_position to forward, which LLaVA 1.2.2 does not take: generation and eval fail"
+        pinned = self.pinned["transformers"]
+        if Version(version).release[:2] < Version(pinned).release[:2]:
+            return f"{self.title} pins transformers {pinned}; {version} was not tested with it"
         if super().transformers_finding(version):
-            return f"LLaVA pins transformers {self.pinned['transformers']}; {version} was not tested with it"
+            return f"transformers {version} passes cache_position to forward, which {self.title} does not take: generation and eval fail"
         return None
 
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:

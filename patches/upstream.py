@@ -84,11 +84,13 @@ class Upstream(ABC):
         name: on the command line, in `region.json` and `results.json`.
         title: for people.
         commit: the commit that the hooks were tested with; tested: the same with the version, for messages.
-        how_to_get: how a user installs it; get_command: the command for that, as `llava-region doctor` prints it.
+        how_to_get: how a user installs it; variables: names of the environment variables that `get_command` reads.
         distributions: what it is called in a package index; the first that is installed tells the version.
         parts: how it names the parts of its models.
         architectures: model type in `config.json` -> class that its `save_pretrained` names there.
-        supported: component -> version range in which it is expected to work; pinned: -> version it was tested with.
+        supported: component -> version range in which it is expected to work (`python` and `transformers` have to have one, with
+            both bounds); pinned: -> version it was tested with.
+        without: component that it can do without -> what to do where that is not installed, for `llava-region doctor`.
         probe: code that imports what training and loading need, for `llava-region doctor`.
         train_module_name: the module with its `train()`, which looks up in its own globals, and so can be given others:
             trainer: its trainer class, over transformers' Trainer;
@@ -102,12 +104,13 @@ class Upstream(ABC):
     commit: ClassVar[str]
     tested: ClassVar[str]
     how_to_get: ClassVar[str]
-    get_command: ClassVar[str]
+    variables: ClassVar[tuple[str, ...]] = ()
     distributions: ClassVar[tuple[str, ...]]
     parts: ClassVar[Parts]
     architectures: ClassVar[Mapping[str, str]]
     supported: ClassVar[Mapping[str, str]]
     pinned: ClassVar[Mapping[str, str]]
+    without: ClassVar[Mapping[str, str]] = {}
     probe: ClassVar[str]
     train_module_name: ClassVar[str]
     trainer: ClassVar[str]
@@ -137,13 +140,21 @@ class Upstream(ABC):
                 continue
         return "checkout"
 
+    def get_command(self, environment: Mapping[str, str]) -> str:
+        """The command that makes it importable, or what to do, as `llava-region doctor` prints it.
+
+        Args:
+            environment: of `variables`, those that are set.
+        """
+        return self.how_to_get
+
     def transformers_finding(self, version: str) -> str | None:
         """What is known to be wrong with this version of transformers, for `llava-region doctor`; None: nothing."""
         from packaging.specifiers import SpecifierSet
 
         if SpecifierSet(self.supported["transformers"]).contains(version, prereleases=True):
             return None
-        return f"{self.title} was tested with transformers {self.pinned['transformers']}, not with {version}"
+        return f"{self.title} was tested with transformers {self.supported['transformers']}, not with {version}"
 
     # -- train side
 

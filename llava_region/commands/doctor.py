@@ -1,65 +1,81 @@
-"""`llava-region doctor`: what is installed, what breaks, and what mends it."""
+"""`llava-region doctor`: what is installed, what breaks, and what fixes it."""
+
+from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
+if TYPE_CHECKING:
+    from llava_region.doctor.facts import Facts
+    from llava_region.doctor.rules import Finding
 
-def command(as_json: bool = typer.Option(False, "--json", help='Print {"works", "trains", "tested", "facts", "findings"}.')):
-    """Show what is installed, what is supported with it, what will break, and the command that mends it.
+COLOURS = {"error": "red", "warning": "yellow", "note": "dim", "ok": "green"}
 
-    Exit status 1 if training can work with neither LLaVA nor Bunny.
+
+def command(as_json: bool = typer.Option(False, "--json", help='Print {"works", "trains", "tested", "facts", "findings"}.')) -> int:
+    """Show what is installed, what is supported with it, what will break, and the command that fixes it.
+
+    Exit status 1 if training cannot work with any upstream.
     """
-    from llava_region.doctor import rules as doctor
+    from llava_region.doctor import facts as machine
+    from llava_region.doctor import rules
 
-    facts = doctor.collect()
-    findings = doctor.diagnose(facts)
+    facts = machine.collect()
+    findings = rules.diagnose(facts)
     if as_json:
-        print(json.dumps(doctor.report(facts, findings), indent=2))
+        print(json.dumps(rules.report(facts, findings), indent=2))
     else:
         _show(facts, findings)
-    return 0 if any(doctor.trains(facts, findings).values()) else 1
+    return 0 if any(rules.trains(facts, findings).values()) else 1
 
 
-def _show(facts, findings) -> None:
+def _show(facts: Facts, findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from llava_region.doctor import rules as doctor
+    from llava_region import upstreams
+    from llava_region.doctor import rules, versions
 
-    colours = {"error": "red", "warning": "yellow", "note": "dim", "ok": "green"}
-    table = Table("Component", "Installed", "With LLaVA", "With Bunny", "State")
-    for name, installed, llava, bunny, state in rows(facts, findings):
-        table.add_row(name, escape(installed), llava, bunny, f"[{colours.get(state, 'dim')}]{state}[/]")
+    table = Table("Component", "Installed", *(f"With {upstream.title}" for upstream in upstreams.every()), "State")
+    for *cells, state in rows(facts, findings):
+        table.add_row(*map(escape, cells), f"[{COLOURS.get(state, 'dim')}]{state}[/]")
     console = Console(soft_wrap=True)
     console.print(table, soft_wrap=False)
     for finding in findings:
-        console.print(f"[{colours[finding.level]}]{finding.level}[/] {finding.component}: {escape(finding.text)}", highlight=False)
+        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/] {finding.component}: {escape(finding.text)}", highlight=False)
         if finding.mend:
             console.print(f"    {escape(finding.mend)}", highlight=False)
-    for upstream, able in doctor.trains(facts, findings).items():
-        text = "training can work" if able else "training cannot work" if facts.has(upstream) else "not installed"
-        console.print(f"{doctor.TITLES[upstream]}: {text}; tested: {doctor.TESTED[upstream]}", highlight=False)
+    able = rules.trains(facts, findings)
+    for upstream in upstreams.every():
+        installed = "training cannot work" if facts.has(upstream.name) else "not installed"
+        text = "training can work" if able[upstream.name] else installed
+        console.print(f"{upstream.title}: {text}; tested: {versions.tested(upstream.name)}", highlight=False)
 
 
-def rows(facts, findings) -> list[tuple[str, str, str, str, str]]:
-    """The table: component, installed version, ranges supported with LLaVA and with Bunny, and the worst finding's level."""
-    from llava_region.doctor import rules as doctor
+def rows(facts: Facts, findings: list[Finding]) -> list[tuple[str, ...]]:
+    """The table: component, installed version, the range supported with each upstream, and the worst finding's level."""
+    from llava_region import upstreams
+    from llava_region.doctor.versions import versions
 
     worst: dict[str, str] = {}
     for finding in findings:  # errors come first
         worst.setdefault(finding.component, finding.level)
-    out = []
-    for component, specs in doctor.SUPPORTED.items():
-        installed = facts.versions.get(component, "not installed")
-        state = worst.get(component, "ok" if facts.has(component) else "-")
-        out.append((component, installed, specs["llava"], specs["bunny"], state))
-    out.insert(2, ("cuda", facts.cuda or "none in torch", "any", "any", worst.get("cuda", "ok")))
-    out.insert(3, ("GPU", ", ".join(facts.gpus) or "none", "any", "any", worst.get("cuda", "ok")))
-    for upstream, commit in (("llava", "c121f04"), ("bunny", "08273ac")):
-        version = (facts.versions[upstream] or "no version") if facts.has(upstream) else "not installed"
-        supported = (commit, "") if upstream == "llava" else ("", commit)
-        state = worst.get(upstream, "ok" if facts.has(upstream) else "-")
-        out.append((doctor.TITLES[upstream], version, *supported, state))
+
+    def state(component: str) -> str:
+        return worst.get(component, "ok" if facts.has(component) else "-")
+
+    out: list[tuple[str, ...]] = []
+    for component, row in versions().items():
+        supported = (column.supported or "any" for column in row.values())
+        out.append((component, facts.versions.get(component, "not installed"), *supported, state(component)))
+    anything = ["any"] * len(upstreams.names())
+    out.insert(2, ("cuda", facts.cuda or "none in torch", *anything, worst.get("cuda", "ok")))
+    out.insert(3, ("GPU", ", ".join(facts.gpus) or "none", *anything, worst.get("cuda", "ok")))
+    for upstream in upstreams.every():
+        installed = (facts.versions[upstream.name] or "no version") if facts.has(upstream.name) else "not installed"
+        commits = (upstream.commit if name == upstream.name else "" for name in upstreams.names())
+        out.append((upstream.title, installed, *commits, state(upstream.name)))
     return out
