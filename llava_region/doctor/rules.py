@@ -201,7 +201,9 @@ def _gpu(facts: Facts) -> Iterator[Finding]:
 
 def _optional(facts: Facts) -> Iterator[Finding]:
     if not facts.has("bitsandbytes"):
-        yield Finding("note", "bitsandbytes", "not installed: no QLoRA (--bits 4)", "pip install bitsandbytes")
+        yield Finding(
+            "note", "bitsandbytes", "not installed: no QLoRA, which needs it for a backbone in 4 bits", "pip install bitsandbytes"
+        )
     elif not facts.gpus:
         yield Finding("note", "bitsandbytes", "QLoRA needs a GPU")
     if not facts.has("flash-attn"):
