@@ -12,7 +12,6 @@ class Toy(Upstream):
     name = title = "toy"
     commit = tested = "0.0"
     how_to_get = "put tests/patches/toy_codebase on PYTHONPATH"
-    get_command = "export PYTHONPATH=tests/patches/toy_codebase"
     distributions = ("toy",)
     parts = Parts(layers=("stack",), projector=("bridge",), vision=("eye",), embeddings=("words",), head=("answer",))
     architectures = {"toy": "ToyModel"}
