@@ -49,9 +49,10 @@ def command(
 ) -> None:
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
     from llava_region.checkpoints.source import ModelSource
+    from llava_region.scores.metrics import parse_metrics
     from llava_region.scores.pass_over_data import Interrupted
     from llava_region.scores.rankings import check_top, show
-    from llava_region.scores.score import Options, parse_metrics, score
+    from llava_region.scores.score import Options, score
 
     source = ModelSource.of(model)
     check_top(source, top)
