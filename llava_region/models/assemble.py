@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.adapter import open_adapter, trained_besides
+from llava_region.checkpoints.adapter_config import lora_config
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import CONFIG_FILE
@@ -58,6 +60,8 @@ def load_multimodal(side: ModelSide, source: ModelSource, base: ModelSource | No
         options: dtype, device_map and attn_implementation, as for its `build`.
     """
     weights = base or source
+    if source.kind == "adapter":
+        lora_config(source)  # refuses before weights load
     model, tokenizer, info = side.build(weights.path, source.settings, **options)
     extra = {name: entry.load() for name, entry in trained_besides(source).items()} if base else {}
     _refuse_incomplete(model, info, weights, extra)
@@ -100,10 +104,14 @@ def _merge_adapter(model: Any, run: ModelSource) -> Any:
     Raises:
         LlavaRegionError: adapter and model do not match tensor for tensor, which PEFT would ignore.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     stored = {name for name in open_adapter(run.path) if "lora_" in name}
-    model = PeftModel.from_pretrained(model, run.path)
+    # fields of a newer PEFT, which change no weight, are errors to an older one; so are newer initialisations, which are overwritten
+    known = {field.name for field in fields(LoraConfig)}
+    settings = {key: value for key, value in lora_config(run).items() if key in known and value is not None}
+    config = LoraConfig(**{**settings, "init_lora_weights": True, "inference_mode": True})
+    model = PeftModel.from_pretrained(model, run.path, config=config)
     wanted = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
     if stored != wanted:
         odd = sorted(stored ^ wanted)
