@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llava_region.checkpoints.adapter_config import lora_config, scaling_of
+from llava_region.checkpoints.adapter_config import lora_config, scalings_of
 from llava_region.checkpoints.source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name
 from llava_region.errors import LlavaRegionError
@@ -94,7 +94,9 @@ def read_adapter(run: ModelLike) -> Adapter:
             tensors[bare_name(name)] = entry
     if not halves:
         raise LlavaRegionError(f"{stored.path} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
-    return Adapter(config, {module: _update(module, pair, config, stored.path) for module, pair in halves.items()}, tensors)
+    scalings = scalings_of(halves, source)
+    updates = {module: _update(module, pair, scalings[module], config, stored.path) for module, pair in halves.items()}
+    return Adapter(config, updates, tensors)
 
 
 def trained_besides(run: ModelSource) -> dict[str, Entry]:
@@ -117,13 +119,13 @@ def trained_whole(run: ModelSource, adapter: Adapter) -> dict[str, Entry]:
     return {**trained_besides(run), **adapter.tensors}
 
 
-def _update(module: str, pair: dict[str, Entry], config: dict, file: Path) -> LoraUpdate:
+def _update(module: str, pair: dict[str, Entry], scaling: tuple[int, float], config: dict, file: Path) -> LoraUpdate:
     if set(pair) != {"A", "B"}:
         raise LlavaRegionError(f"{file} holds only lora_{next(iter(pair))} of '{module}'; the file is incomplete, save the adapter again")
     a, b = pair["A"], pair["B"]
-    rank, scaling = scaling_of(module, config)
+    rank, factor = scaling
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise LlavaRegionError(
             f"LoRA on '{module}' has A {a.shape} and B {b.shape}, {ADAPTER_CONFIG_FILE} says rank {rank}; files do not belong together"
         )
-    return LoraUpdate(a, b, scaling, bool(config.get("fan_in_fan_out")))
+    return LoraUpdate(a, b, factor, bool(config.get("fan_in_fan_out")))

@@ -6,10 +6,10 @@ The same check serves all that applies an adapter: merging, pruning (which merge
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from llava_region.checkpoints.pattern_keys import RULES, BadPattern, Matches, matches
 from llava_region.checkpoints.source import ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE
@@ -32,6 +32,8 @@ _REASONS = {
     "trainable_token_indices": "single rows of the embeddings were trained",
     "use_qalora": "QA-LoRA pools its input",
 }
+
+_Values = tuple[int, float]
 
 
 class _Field(NamedTuple):
@@ -140,33 +142,65 @@ def lora_config(source: ModelSource) -> dict[str, Any]:
             )
         if known is not None and not known.fits(value):
             hint = "; convert the adapter with PEFT's path_initial_model_for_weight_conversion" if key == "init_lora_weights" else ""
-            raise LlavaRegionError(f"'{key}' in {file} is {_shortened(value)}; allowed: {known.allowed}{hint}")
+            raise LlavaRegionError(f"'{key}' in {file} is {_shortened(repr(value))}; allowed: {known.allowed}{hint}")
     return config
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def scalings_of(modules: Collection[str], source: ModelSource) -> dict[str, tuple[int, float]]:
+    """Rank of a run's adapter on each module, and what B @ A is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r).
 
+    `rank_pattern` and `alpha_pattern` override both for modules that a key matches. PEFT's versions match keys by different rules;
+    what is returned is the value by all of them.
 
-def scaling_of(module: str, config: dict) -> tuple[int, float]:
-    """Rank of the adapter on a module, and what B @ A is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r).
-
-    `rank_pattern` and `alpha_pattern` override both for modules that a key matches, as PEFT matches them.
+    Args:
+        modules: names as in the bare model.
 
     Raises:
-        LlavaRegionError: different keys of the two patterns match the module; PEFT's versions disagree on what that means.
+        LlavaRegionError: as `lora_config`; a key is not a regular expression, or takes too long to match; or PEFT's versions find
+            different values for a module.
     """
+    config = lora_config(source)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank_key, alpha_key = _matching(module, ranks), _matching(module, alphas)
-    if rank_key and alpha_key and rank_key != alpha_key:
+    try:
+        found = matches({**ranks, **alphas}, modules)
+    except BadPattern as e:
+        names = ", ".join(repr(key) for key in {**ranks, **alphas})
         raise LlavaRegionError(
-            f"'{rank_key}' of rank_pattern and '{alpha_key}' of alpha_pattern both match '{module}', "
-            "and PEFT's versions disagree which counts; merge it with the PEFT that trained it"
-        )
-    rank, alpha = ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            f"the keys of rank_pattern and alpha_pattern in {source.path / ADAPTER_CONFIG_FILE} cannot be matched: {e}; "
+            f"use names of modules as keys (they are {_shortened(names)})"
+        ) from e
+    values = {module: _agreed(module, config, ranks, alphas, found) for module in modules}
+    root = bool(config.get("use_rslora"))
+    return {module: (rank, alpha / (math.sqrt(rank) if root else rank)) for module, (rank, alpha) in values.items()}
 
 
-def _matching(module: str, keys: Iterable[str]) -> str | None:
-    return next((key for key in keys if key == module or re.match(rf".*\.{key}$", module)), None)
+def _agreed(module: str, config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float], found: Matches) -> _Values:
+    """Rank and alpha of a module, the same by all of PEFT's versions."""
+
+    def first(keys: Iterable[str], rule: str) -> str:
+        return next((key for key in keys if (rule, key, module) in found), module)
+
+    values: dict[_Values, None] = {}  # in the order of PEFT's versions
+    for rule in RULES:
+        # older versions look for one key in both patterns, newer ones for one in each
+        both = first([*ranks, *alphas], rule)
+        for rank_key, alpha_key in ((both, both), (first(ranks, rule), first(alphas, rule))):
+            values[ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])] = None
+    if len(values) == 1:
+        return next(iter(values))
+    keys = [
+        f"'{key}' of {name}"
+        for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas))
+        for key in pattern
+        if key == module or any((rule, key, module) in found for rule in RULES)
+    ]
+    meant = " or ".join(f"r {rank} with alpha {alpha:g}" for rank, alpha in values)
+    match = f"both match '{module}'" if len(keys) > 1 else f"matches '{module}'"
+    raise LlavaRegionError(
+        f"{' and '.join(keys)} {match}, and PEFT's versions disagree what that means ({meant}); merge it with the PEFT that trained it, "
+        f"or write full names of modules as keys in {ADAPTER_CONFIG_FILE}"
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.adapter import open_adapter, trained_besides
-from llava_region.checkpoints.adapter_config import lora_config
+from llava_region.checkpoints.adapter_config import lora_config, scalings_of
+from llava_region.checkpoints.tensors import bare_name
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import CONFIG_FILE
@@ -61,7 +62,7 @@ def load_multimodal(side: ModelSide, source: ModelSource, base: ModelSource | No
     """
     weights = base or source
     if source.kind == "adapter":
-        lora_config(source)  # refuses before weights load
+        _check_adapter(source)
     model, tokenizer, info = side.build(weights.path, source.settings, **options)
     extra = {name: entry.load() for name, entry in trained_besides(source).items()} if base else {}
     _refuse_incomplete(model, info, weights, extra)
@@ -96,6 +97,13 @@ def _refuse_incomplete(model: Any, info: Mapping[str, Any], source: ModelSource,
         raise LlavaRegionError(f"{source} lacks {missing[0]} ({len(missing)} tensors in all); {hint}")
     if surplus:
         raise LlavaRegionError(f"{source} has tensors beyond the layers of its {CONFIG_FILE}, such as {surplus[0]}; fix num_hidden_layers")
+
+
+def _check_adapter(run: ModelSource) -> None:
+    """Refuse settings of an adapter that PEFT would misread, before weights load."""
+    lora_config(run)
+    names = [bare_name(name) for name in open_adapter(run.path)]
+    scalings_of(dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name), run)
 
 
 def _merge_adapter(model: Any, run: ModelSource) -> Any:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_region.checkpoints.adapter_config import lora_config
 from llava_region.checkpoints.source import ModelSource
+from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.errors import LlavaRegionError
 from llava_region.models import load
 from llava_region.scores.weight_changes import weight_changes
@@ -109,6 +111,67 @@ def test_everything_that_applies_an_adapter_checks_it(tiny, run, use):
         edit(run, **values)
         with pytest.raises(LlavaRegionError, match=next(reversed(values))):
             APPLY[use](run, tiny.backbone)
+
+
+Q = "model.layers.1.self_attn.q_proj"
+DISAGREED = {
+    "anchored alpha": (
+        {"alpha_pattern": {f"^{Q}": 64}},
+        rf"'\^{Q}' of alpha_pattern matches '{Q}'.*alpha 16 or .* alpha 64",
+    ),
+    "anchored rank": ({"rank_pattern": {f"^{Q}": 4}}, rf"'\^{Q}' of rank_pattern matches '{Q}'"),
+    "anchored, with wildcards": ({"alpha_pattern": {r"^model\.layers\.\d+\.self_attn\.q_proj": 64}}, "of alpha_pattern matches"),
+    "alternatives": ({"alpha_pattern": {"q_proj|v_proj": 64}}, r"matches 'model.layers.\d.self_attn.v_proj'"),
+    "whole name, then its end": (
+        {"alpha_pattern": {Q: 3, "q_proj": 64}},
+        "and 'q_proj' of alpha_pattern both match",
+    ),
+    "from the start": ({"alpha_pattern": {"model.*q_proj": 64}}, "of alpha_pattern matches"),
+    "other keys": ({"rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"self_attn\.q_proj": 2}}, "both match"),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREED)
+def test_keys_that_pefts_versions_match_differently_are_refused(tiny, run, name):
+    values, message = DISAGREED[name]
+    edit(run, **values)
+    refused(message, run, tiny.backbone)
+    with pytest.raises(LlavaRegionError, match=message):
+        load(run, tiny.backbone, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"q_proj": 64, Q: 3}, {Q: 3}, {"(q|v)_proj": 64}, {r"layers\.1\.mlp\..*": 3, "mlp.up_proj": 5}, {r"[kq]_proj": 3},
+        {f"^{Q}": 16}, {"no_such_module": 3}, {"layers.1.self_attn.q_proj": 2.5},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_keys_that_all_versions_match_alike_equal_peft(tiny, run, tmp_path, pattern):
+    edit(run, alpha_pattern=pattern)
+    merge(run, tmp_path / "out", tiny.backbone)
+    theirs = load(run, tiny.backbone, device="cpu").model.state_dict()
+    ours = Checkpoint(tmp_path / "out")
+    assert all(torch.allclose(ours.tensor(name), theirs[name], atol=1e-5) for name in ours)
+
+
+ENDLESS = {"nested": r"(([a-z0-9_.])+)+!", "alternatives": r"(\w+\.?)*!"}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_expression_that_never_ends_is_refused(tiny, run, monkeypatch, name):
+    monkeypatch.setattr("llava_region.checkpoints.pattern_keys.SECONDS", 0.5)
+    edit(run, alpha_pattern={ENDLESS[name]: 3})
+    refused(r"takes longer than 0.5 s to match; use names of modules as keys", run, tiny.backbone)
+    with pytest.raises(LlavaRegionError, match="takes longer"):
+        load(run, tiny.backbone, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["(q_proj", "*", "a{2,1}", "(" * 50000 + ")" * 50000], ids=["bracket", "star", "range", "deep"])
+def test_a_key_that_is_no_regular_expression_is_one_line(tiny, run, key):
+    edit(run, rank_pattern={key: 8})
+    refused("cannot be matched: one of them is not a regular expression", run, tiny.backbone)
 
 
 def test_a_long_value_is_cut_in_the_message(run):
