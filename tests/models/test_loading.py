@@ -81,9 +81,9 @@ def test_a_lora_run_is_merged_in_the_asked_dtype(lora_run, tiny, monkeypatch):
 
     real = PeftModel.from_pretrained
 
-    def with_fp32_adapters(*args):
+    def with_fp32_adapters(*args, **options):
         """As newer PEFT loads them."""
-        model = real(*args)
+        model = real(*args, **options)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.float() if "lora_" in name else parameter.data
         return model
