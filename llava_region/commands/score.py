@@ -48,7 +48,7 @@ def command(
     as_json: bool = typer.Option(False, "--json", help="Print what was written (without instances), and the highest layers."),
 ) -> None:
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
-    from llava_region.checkpoints.source import ModelSource
+    from llava_region.checkpoints.model_source import ModelSource
     from llava_region.scores.metrics import parse_metrics
     from llava_region.scores.pass_over_data import Interrupted
     from llava_region.scores.rankings import check_top, show

@@ -10,7 +10,7 @@ from typing import Any
 from llava_region import __version__, processes
 from llava_region import files as atomic
 from llava_region.checkpoints.identity import weights_digest
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.models.loading import DTYPES, check_base, load
 from llava_region.scores.angular_distance_weights import angular_distance_weights

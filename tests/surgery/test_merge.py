@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_region.checkpoints.model_folder import savable
-from llava_region.checkpoints.source import locate
+from llava_region.checkpoints.model_source import locate
 from llava_region.checkpoints.tensors import Checkpoint, Computed
+from llava_region.checkpoints.whole_model import savable
 from llava_region.cli import main
 from llava_region.errors import LlavaRegionError
 from llava_region.surgery.merge import _is_vocabulary, merge
