@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -43,7 +44,7 @@ def held(output: str | Path, wait: float = 0.0) -> Iterator[None]:
     """Hold an output, a file or a folder that need not exist yet, for the length of a block.
 
     Of the processes of one run the first holds it for all. Inside another such block of the same process and output, nothing is
-    done. The folder of the output is made where it is missing.
+    done. Nor is it for a pipe or device. The folder of the output is made where it is missing.
 
     Args:
         wait: seconds to wait for the output to come free. `STALE` lets a run that a scheduler moved to another node outwait the
@@ -54,7 +55,7 @@ def held(output: str | Path, wait: float = 0.0) -> Iterator[None]:
     """
     path = Path(os.path.realpath(output))
     ours = (os.getpid(), path)
-    if ours in _held or not processes.is_first():
+    if ours in _held or not processes.is_first() or is_stream(output):
         yield
         return
     made: list[Path] = []
@@ -78,6 +79,15 @@ def held(output: str | Path, wait: float = 0.0) -> Iterator[None]:
             for folder in made:  # nothing was written after all
                 with suppress(OSError):
                     folder.rmdir()
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a path is there, and is neither a file nor a folder: a named pipe, a terminal, /dev/null, ..."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def hidden(path: Path, ending: str = "") -> str:
