@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_region import processes, upstreams
-from llava_region.errors import LlavaRegionError
+from llava_region.errors import LlavaRegionError, Program, guarded
 
 if TYPE_CHECKING:
     from llava_region.training.preflight import Preflight
     from llava_region.upstreams import Upstream
+
+LOOK = {"--help", "-h", "--dry_run", "--dry-run"}  # nothing is trained
+SMALLER = "give a smaller batch per GPU, --gradient_checkpointing True, ZeRO-3 or fewer layers (--dry_run True estimates the need)"
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,44 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a training; bad input prints one `error: ...` line on stderr and returns 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        request = parse(argv)
-        if request.help:
-            show_help(request.upstream)
-        elif request.own:
-            train_region(request)
-        else:
-            train_untouched(request)
-    except LlavaRegionError as e:
-        # once per node: what is wrong may be wrong on one node alone
-        if processes.is_first_on_node():
-            print("error: " + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        return 2
+    """Run a training; what goes wrong is one line on stderr and an exit code (see `llava_region.errors`)."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    flags, debug = take_debug(given)
+    program = Program(
+        "llava_region.train", given, debug=debug, folders=given_folders(flags), smaller=SMALLER, long=not LOOK.intersection(flags)
+    )
+    return guarded(lambda: run(flags), program, whole_process=argv is None)
+
+
+def run(argv: list[str]) -> int:
+    """Run a training; returns the exit code.
+
+    Raises:
+        LlavaRegionError: bad input.
+    """
+    request = parse(argv)
+    if request.help:
+        show_help(request.upstream)
+    elif request.own:
+        train_region(request)
+    else:
+        train_untouched(request)
     return 0
+
+
+def take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """The command line without our `--debug`, and whether it was there. transformers has a flag of that name, with a value."""
+    for at, arg in enumerate(argv):
+        value = argv[at + 1] if at + 1 < len(argv) else "-"
+        if arg == "--debug" and (at == 0 or value.startswith("-") or value.lower() == "true"):
+            return [*argv[:at], *argv[at + 1 + (value.lower() == "true") :]], True
+    return argv, False
+
+
+def given_folders(flags: list[str]) -> list[str]:
+    """The run's output folder, as far as the flags can be read before they are checked."""
+    pairs = [flag.partition("=")[::2] if "=" in flag else (flag, value) for flag, value in zip(flags, [*flags[1:], ""], strict=True)]
+    return [value for name, value in pairs if name.replace("-", "_") == "__output_dir" and value]
 
 
 def usage() -> str:
@@ -201,6 +226,7 @@ def show_help(upstream: Upstream | None) -> None:
 
     about = str(__doc__).split("\n\n", 1)[1].strip()  # without the usage line
     print(f"usage: {usage()}\n\n{about}\n\nflags in addition to the upstream's own:")
+    print(f"  {'--debug':<26} Show the traceback of an error instead of writing it to a file. With a value it is transformers' own.")
     for field in dataclasses.fields(RegionArguments):
         print(f"  --{field.name:<24} {field.metadata['help'].replace('%%', '%')}")
     if upstream is not None:

@@ -19,8 +19,8 @@ PATCHES = sorted((ROOT / "patches").glob("*.py"))
 # From the bottom up: a module imports from its own line and those above it, never from below. `patches` is a plugin on top of
 # what it hooks; `upstreams` looks it up by name.
 LAYERS = (
-    ("errors", "run_files"),
-    ("files", "locks", "progress", "processes"),
+    ("errors", "run_files", "processes"),
+    ("files", "locks", "progress"),
     ("region", "plotting"),
     ("decoder", "upstreams"),
     ("data", "checkpoints"),

@@ -19,7 +19,7 @@ from llava_region.training.arguments import OWN_FLAGS
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("llava_region", "patches", "scripts", "benchmarks")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = typer.main.get_command(app()).commands
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
