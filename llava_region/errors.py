@@ -7,3 +7,7 @@ class LlavaRegionError(ValueError):
 
 class UnsupportedUpstream(LlavaRegionError):
     """The installed LLaVA or Bunny lacks a symbol that a hook needs, or has it with another signature."""
+
+
+class UnusableTokenizer(LlavaRegionError):
+    """The tokenizer of a model is missing or cannot be loaded."""
