@@ -17,9 +17,10 @@ from llava_region.errors import LlavaRegionError
 if TYPE_CHECKING:
     from llava_region.decoder import Parts
     from llava_region.patches.model_side import ModelSide
+    from llava_region.patches.tokenisation import Tokenisation
     from llava_region.patches.upstream import Recipe, Upstream
 
-    __all__ = ["ModelSide", "Recipe", "Upstream"]  # for the annotations of other modules
+    __all__ = ["ModelSide", "Recipe", "Tokenisation", "Upstream"]  # for the annotations of other modules
 
 TABLE = {"llava": "llava_region.patches.llava", "bunny": "llava_region.patches.bunny"}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_region.errors import LlavaRegionError
-from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, vision_model
+from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
+from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +30,7 @@ MODEL_TYPES = {
 }
 LLAMA3_EOS = 128001  # written into Bunny's train() for llama3-8b
 SIGLIP_WIDTH = 1152  # of siglip-so400m, where the tower's config isn't on this machine
+EVA_PATCHES = (336 // 14) ** 2  # written into Bunny's EVA tower
 TOWERS = ("sig", "eva", "clip")  # Bunny tells a vision tower's kind by these in its path
 
 
@@ -55,6 +58,7 @@ class Bunny(LLaVAFamily):
     }  # fmt: skip
     probe = "import bunny.train.train"
     train_module_name = "bunny.train.train"
+    data_module_name = "bunny.util.data_utils"
     trainer = "BunnyTrainer"
     model_fields = (
         "model_name_or_path", "model_type", "version", "vision_tower", "unfreeze_vision_tower", "use_s2", "tune_mm_mlp_adapter",
@@ -107,6 +111,25 @@ class Bunny(LLaVAFamily):
             inner.vision_tower = tower
         return model
 
+    def tokenisation(self, args: Namespace, config: Mapping[str, Any]) -> AbstractContextManager[Tokenisation]:
+        """With the tokenizer that train() builds: fast, padded with the unknown token where it has none, Llama 3's with its own end."""
+        remote = {"trust_remote_code": True} if args.model_type == "stablelm-2" else {}
+        length = args.model_max_length
+        tokenizer = load_tokenizer(args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=length, use_fast=True, **remote)
+        if tokenizer.unk_token is not None and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token
+        if args.model_type == "llama3-8b":
+            tokenizer.eos_token_id = LLAMA3_EOS
+            tokenizer.pad_token = tokenizer.eos_token
+        conversation = self.train_module().conversation_lib
+        per_image = _tokens_per_image(args, config.get("mm_vision_tower") or args.vision_tower)
+        multimodal = getattr(args, "is_multimodal", True)
+        return family_tokenisation(self.data_module(), conversation, tokenizer, self.template(args), per_image, is_multimodal=multimodal)
+
+    def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
+        """EVA's processor is Bunny's own, and takes every size."""
+        return None if _kind_of_tower(args.vision_tower) == "eva" else super().picture_problem(args, width, height)
+
     def model_side(self) -> BunnyModels:
         return import_upstream("llava_region.patches.bunny_model", self.title, self.how_to_get).BunnyModels()
 
@@ -114,17 +137,28 @@ class Bunny(LLaVAFamily):
 def _check_tower(args: Namespace) -> None:
     if not args.vision_tower:
         raise LlavaRegionError("--vision_tower is missing; give google/siglip-so400m-patch14-384")
-    kinds = [kind for kind in TOWERS if kind in args.vision_tower.lower()]
-    if not kinds:
+    kind = _kind_of_tower(args.vision_tower)
+    if kind is None:
         raise LlavaRegionError(
             f"--vision_tower {args.vision_tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}"
         )
-    if args.use_s2 and kinds[0] != "sig":
+    if args.use_s2 and kind != "sig":
         raise LlavaRegionError(f"--use_s2 True works with SigLIP alone, not with {args.vision_tower}; leave it out")
     if args.unfreeze_vision_tower and not args.bf16 and not args.deepspeed:
         raise LlavaRegionError(
             "--unfreeze_vision_tower True without bf16 would train the tower in plain fp16, where its updates vanish; add --bf16 True"
         )
+
+
+def _kind_of_tower(tower: str) -> str | None:
+    return next((kind for kind in TOWERS if kind in tower.lower()), None)
+
+
+def _tokens_per_image(args: Namespace, tower: str) -> int:
+    """Patches of the tower; 1 for projectors that merge patches, which so are never said to be cut where they are not."""
+    if args.mm_projector_type not in ("linear", "identity") and not args.mm_projector_type.startswith("mlp"):
+        return 1
+    return EVA_PATCHES if _kind_of_tower(tower) == "eva" else tokens_of_tower(tower, args.cache_dir)
 
 
 def _check_continued(args: Namespace, config: Mapping[str, Any]) -> None:

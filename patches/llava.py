@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llava_region.errors import LlavaRegionError
-from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, vision_model
+from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
+from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,9 +46,13 @@ class LLaVA(LLaVAFamily):
     without = {"flash-attn": "train with LLaVA's train.py, as train_mem.py asks for flash attention"}
     probe = "import llava.train.train; from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM"
     train_module_name = "llava.train.train"
+    data_module_name = "llava.train.train"
     trainer = "LLaVATrainer"
     scripts = ("train.py", "train_mem.py", "train_xformers.py")
-    model_fields = ("model_name_or_path", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter")
+    model_fields = (
+        "model_name_or_path", "version", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter",
+        "mm_use_im_start_end", "mm_use_im_patch_token", "mm_vision_select_feature",
+    )  # fmt: skip
     train_parameters = ("attn_implementation",)
 
     def get_command(self, environment: Mapping[str, str]) -> str:
@@ -90,6 +96,33 @@ class LLaVA(LLaVAFamily):
         if tower is not None:
             inner.vision_tower = tower
         return model
+
+    def template(self, args: Namespace) -> Any:
+        """LLaVA looks up no template for these two, and keeps the one that its module has at first."""
+        return self.train_module().conversation_lib.default_conversation if args.version in ("v0", "v0.5") else super().template(args)
+
+    def tokenisation(self, args: Namespace, config: Mapping[str, Any]) -> AbstractContextManager[Tokenisation]:
+        """With the tokenizer that train() builds: slow but for MPT, padded with the unknown token, with the image tokens added."""
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+        kind = {} if "mpt" in args.model_name_or_path else {"use_fast": False}
+        tokenizer = load_tokenizer(args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, **kind)
+        if args.version != "v0":
+            tokenizer.pad_token = tokenizer.unk_token
+        elif tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        if args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+        if args.mm_use_im_start_end:
+            tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        continued = config.get("mm_vision_tower")  # whose tower stays, whatever the flags say
+        class_token = (config if continued else vars(args)).get("mm_vision_select_feature") == "cls_patch"
+        per_image = tokens_of_tower(continued or args.vision_tower, args.cache_dir, class_token)
+        settings = {"is_multimodal": True, "mm_use_im_start_end": args.mm_use_im_start_end}
+        module = self.train_module()
+        return family_tokenisation(
+            self.data_module(), module.conversation_lib, tokenizer, self.template(args), per_image, **settings
+        )  # fmt: skip
 
     def check_script(self, script: str) -> None:
         if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:

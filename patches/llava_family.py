@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,8 +24,9 @@ FLAGS = {
     "model": "--model_name_or_path", "cache_dir": "--cache_dir", "data": "--data_path", "images": "--image_folder",
     "tower": "--vision_tower", "projector": "--pretrain_mm_mlp_adapter", "lora": "--lora_enable", "bits": "--bits",
     "double_quantised": "--double_quant", "trains_projector": "--freeze_mm_mlp_adapter", "projector_rate": "--mm_projector_lr",
-    "trains_tower": "--unfreeze_vision_tower", "max_length": "--model_max_length",
+    "trains_tower": "--unfreeze_vision_tower", "max_length": "--model_max_length", "template": "--version",
 }  # fmt: skip
+IMAGE = "<image>"  # where an image goes in a text
 MERGE = "prepare_inputs_labels_for_multimodal"  # the models' method that puts image features in; labels are the last it returns
 TRAINING_FIELDS = (
     "lora_enable", "lora_r", "lora_alpha", "lora_bias", "bits", "mm_projector_lr", "model_max_length", "freeze_mm_mlp_adapter",
@@ -45,6 +46,7 @@ class LLaVAFamily(Upstream):
         config_prefixes=("mm_",),
     )
     save: ClassVar[str] = "safe_save_model_for_hf_trainer"
+    data_module_name: ClassVar[str]  # the module with its dataset
     model_fields: ClassVar[tuple[str, ...]]
     train_parameters: ClassVar[tuple[str, ...]] = ()  # of train() itself
 
@@ -64,7 +66,19 @@ class LLaVAFamily(Upstream):
         trainer = require(module, self.trainer, self.tested)
         for method in ("create_optimizer", "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state", "training_step"):
             require(trainer, method, self.tested)
+        self.data_module()
         return module
+
+    def data_module(self) -> ModuleType:
+        """The module that makes ids and labels of records, checked for what the preflight's sample calls.
+
+        Raises:
+            UnsupportedUpstream: a symbol is missing or changed.
+        """
+        data = import_upstream(self.data_module_name, self.title, self.how_to_get)
+        require(data, "preprocess_multimodal", self.tested, ("sources", "data_args"))
+        require(data, "preprocess", self.tested, ("sources", "tokenizer", "has_image"))
+        return data
 
     def recipe(self, args: Any) -> Recipe:
         def flag(name: str, default: Any = None) -> Any:
@@ -101,6 +115,28 @@ class LLaVAFamily(Upstream):
         if args.lora_enable and importlib.util.find_spec("deepspeed") is None:
             raise LlavaRegionError("saving a LoRA run imports deepspeed, even if it is not used; install it with 'pip install deepspeed'")
 
+    def record_check(self, args: Namespace) -> Callable[[Mapping[str, Any]], str | None]:
+        """Records without a word, which the sampler asserts; what the template asserts of its turns."""
+        template = self.template(args)
+        grouped = getattr(args, "group_by_modality_length", False)
+
+        def problem(record: Mapping[str, Any]) -> str | None:
+            turns = record["conversations"]
+            if grouped and all(not turn["value"] or turn["value"].isspace() for turn in turns):
+                return "has no word in any turn, which --group_by_modality_length True does not take; remove it, or leave the flag out"
+            return template_problem(template, args.version, turns, "image" in record)
+
+        return problem
+
+    def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
+        """transformers' image processors take a height of 1 or 3 for the colour channels: an error, or a garbled picture."""
+        side = max(width, height) if args.image_aspect_ratio == "pad" else height
+        return f"of {width} x {height} pixels, a height that is taken for colour channels" if side in (1, 3) else None
+
+    def template(self, args: Namespace) -> Any:
+        """The conversation template that training takes with these flags."""
+        return self.train_module().conversation_lib.conv_templates[args.version]
+
     def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         return self.train_module().get_peft_state_non_lora_maybe_zero_3(named_parameters)
 
@@ -133,9 +169,40 @@ class LLaVAFamily(Upstream):
         return parents[2] if len(parents) > 2 and (parents[0].name, parents[1].name) == ("train", self.name) else None
 
 
+def template_problem(template: Any, version: str, turns: Sequence[Mapping[str, Any]], has_image: bool) -> str | None:
+    """What a template's preprocessing asserts of a record's turns and does not find there, or None."""
+    kind = template.sep_style.name
+    if kind == "PLAIN":
+        if len(turns) != 2 or IMAGE not in turns[0]["value"]:
+            return f"is not an image with its caption, two turns with '{IMAGE}' in the first, as --version {version} takes them"
+        if not has_image and IMAGE in turns[1]["value"]:
+            return f"places '{IMAGE}' in both turns, which would shift the images of the samples after it"
+    if kind == "LLAMA_2" and not next(turn["value"] for turn in turns if turn["from"] == "human"):
+        return f"begins with an empty question, which --version {version} does not take"
+    return None
+
+
 def features_per_image(model: Any) -> int:
     """Patches of the vision tower, each of which becomes a token; 1 for a model that has no tower yet."""
     return getattr(model.get_vision_tower(), "num_patches", 1)
+
+
+def tokens_of_tower(tower: str | None, cache_dir: str | None, class_token: bool = False) -> int:
+    """Tokens that a vision tower makes of an image, from its config alone; 1 where that is not on this machine.
+
+    Args:
+        class_token: whether the class token is kept next to the patches.
+    """
+    from transformers import AutoConfig
+
+    if not tower:
+        return 1
+    try:
+        config = AutoConfig.from_pretrained(tower, cache_dir=cache_dir)
+    except (OSError, ValueError):
+        return 1
+    config = getattr(config, "vision_config", config)
+    return (config.image_size // config.patch_size) ** 2 + class_token
 
 
 def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_region.patches.model_side import ModelSide
+    from llava_region.patches.tokenisation import Tokenisation
     from llava_region.region import Region
     from llava_region.training.run import RegionRun
 
@@ -190,6 +191,25 @@ class Upstream(ABC):
     def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
         """The model that training would build, on the default device (meta, in a dry run) from configs alone, with projector
         and vision tower. Arguments as for `check`."""
+
+    @abstractmethod
+    def tokenisation(self, args: Namespace, config: Mapping[str, Any]) -> AbstractContextManager[Tokenisation]:
+        """The codebase's own tokenisation of records, set up as train() sets it up, for the length of a block; loads no weights.
+
+        Arguments as for `check`.
+
+        Raises:
+            UnusableTokenizer: it cannot be loaded.
+        """
+
+    def record_check(self, args: Namespace) -> Callable[[Mapping[str, Any]], str | None]:
+        """What tells why a record of good form would end training with these flags, as the end of a sentence that begins with the
+        record; None: it would not. It is asked of every record."""
+        return lambda record: None
+
+    def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
+        """Why an image of this size, in pixels, could not be trained on with these flags, in a few words; None: it could."""
+        return None
 
     @abstractmethod
     def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:

@@ -58,6 +58,19 @@ def read_list(path: Path) -> list[Any]:
     return records
 
 
+def record_name(number: int, record: Any) -> str:
+    """What a record is called in messages: its number in the file, from 0, and its id where it has one."""
+    given = record.get("id") if isinstance(record, dict) else None
+    if given == "" or not isinstance(given, (str, int)):
+        return f"record {number}"
+    return f"record {number} (id {printable(str(given))})"
+
+
+def printable(text: str) -> str:
+    """Text of a data file as a message can hold it: short, and without halves of characters, which no stream writes."""
+    return text[:60].encode(errors="backslashreplace").decode() + ("..." if len(text) > 60 else "")
+
+
 def check_each(records: Iterable[tuple[int, Any]], path: Path, problem: Callable[[Any], str | None]) -> None:
     """Refuse the first record that has a problem.
 

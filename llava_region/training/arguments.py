@@ -35,6 +35,13 @@ class RegionArguments:
             "choices": ["sample", "all", "none"],
         },
     )
+    check_records: int = field(
+        default=256,
+        metadata={
+            "help": "Tokenise so many records before training as the upstream does, spread over the data, and the longest one, to see that "
+            "they have labels to train. 0: none."
+        },
+    )
     fix_generation_config: bool = field(
         default=False,
         metadata={"help": "Where the base model's generation config can't be saved (sampling options without do_sample), set do_sample."},

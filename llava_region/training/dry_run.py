@@ -103,7 +103,7 @@ def _data_rows(preflight: Preflight) -> list[tuple[str, str]]:
     if preflight.records is None:
         return []
     images = sum("image" in record for record in preflight.records)
-    return [("data", f"{preflight.recipe.data}: {len(preflight.records):,} records, {images:,} with an image")]
+    return [("data", f"{preflight.recipe.data}: {len(preflight.records):,} records, {images:,} with an image"), *preflight.remarks]
 
 
 def check_region_memory(upstream: Upstream, preflight: Preflight) -> None:

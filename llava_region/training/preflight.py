@@ -20,6 +20,7 @@ from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.resumable import check_resumable
+from llava_region.training.sampled_records import check_records
 
 if TYPE_CHECKING:
     from llava_region.upstreams import Recipe, Upstream
@@ -33,6 +34,7 @@ class Preflight(NamedTuple):
         region: the decoder layers to tune.
         config: the model's `config.json`.
         records: the data's, on the first rank only.
+        remarks: what was found out about the data, (name, one line) each.
     """
 
     args: Namespace
@@ -40,6 +42,7 @@ class Preflight(NamedTuple):
     region: Region
     config: dict[str, Any]
     records: list[dict[str, Any]] | None
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 def check(upstream: Upstream, flags: list[str]) -> Preflight:
@@ -66,7 +69,8 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     check_resumable(args.output_dir, region, recipe.lora is not None)
     first = processes.is_first()
     records = check_data(recipe.data, recipe.images, args.check_images) if first else None
-    return Preflight(args, recipe, region, config, records)
+    sample = check_records(upstream, args, recipe, config, records) if records else None
+    return Preflight(args, recipe, region, config, records, (("sample", sample),) if sample else ())
 
 
 def parse(classes: tuple[Any, ...], flags: list[str]) -> Namespace:

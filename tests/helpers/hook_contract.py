@@ -10,8 +10,8 @@ from unittest import mock
 
 from llava_region import LlavaRegionError, UnsupportedUpstream, upstreams
 
-# what the hooks on LLaVA's kin call or read besides the names that they bind
-NEEDED = ("ModelArguments", "get_peft_state_non_lora_maybe_zero_3", "conversation_lib")
+# what the hooks and the preflight call or read besides the names that they bind: of LLaVA's kin, of the toy
+NEEDED = ("ModelArguments", "get_peft_state_non_lora_maybe_zero_3", "conversation_lib", "ids_and_labels")
 
 
 def refusal(action: Callable[[], object]) -> str | None:
@@ -56,6 +56,14 @@ def contract(name: str) -> dict:
         missing[symbol] = refusal(lambda: enter(upstream))
         setattr(module, symbol, value)
     found["missing"] = missing
+    if hasattr(upstream, "data_module"):
+        data = upstream.data_module()
+        for symbol in ("preprocess", "preprocess_multimodal"):
+            with mock.patch.object(data, symbol):
+                delattr(data, symbol)
+                found[f"no {symbol}"] = refusal(lambda: enter(upstream)), data.__name__
+        with mock.patch.object(data, "preprocess", lambda sources, tokenizer: {}):
+            found["changed preprocess"] = refusal(lambda: enter(upstream))
     with mock.patch.object(module, upstream.linear_names, lambda args, model: []):
         found["changed"] = refusal(lambda: enter(upstream))
     found["no field"] = {}

@@ -57,6 +57,16 @@ def test_a_missing_symbol_is_named(found):
         assert message.startswith(f"UnsupportedUpstream: {found['module']}.{symbol} is missing; tested with {found['tested']}")
 
 
+def test_a_missing_part_of_the_tokenisation_is_named(found):
+    if found["title"] == "toy":
+        assert found["missing"].keys() >= {"ids_and_labels"}
+        return
+    for symbol in ("preprocess", "preprocess_multimodal"):
+        message, data = found[f"no {symbol}"]
+        assert message.startswith(f"UnsupportedUpstream: {data}.{symbol} is missing; tested with {found['tested']}")
+    assert "preprocess takes ('sources', 'tokenizer'), expected ('sources', 'tokenizer', 'has_image')" in found["changed preprocess"]
+
+
 def test_a_changed_signature_is_named(found):
     assert "takes ('args', 'model'), expected ('model',)" in found["changed"] and found["changed"].startswith("UnsupportedUpstream")
 

@@ -1,10 +1,12 @@
 """Everything that this package has to be told about `toy_codebase` to train a region of its models."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.seams import import_upstream, require, require_fields
+from llava_region.patches.tokenisation import Tokenisation
 from llava_region.patches.upstream import Lora, Recipe, Upstream
 
 
@@ -24,6 +26,7 @@ class Toy(Upstream):
         require_fields(module, "ModelArguments", self.tested, ("start_from",))
         require_fields(module, "TrainingArguments", self.tested, ("rank",))
         require(module, self.linear_names, self.tested, ("model",))
+        require(module, "ids_and_labels", self.tested, ("record",))
         require(module, self.trainer, self.tested)
         return module
 
@@ -45,6 +48,9 @@ class Toy(Upstream):
     def empty_model(self, args, config):
         module = self.train_module()
         return module.ToyModel(module.ToyConfig(**config))
+
+    def tokenisation(self, args, config):
+        return nullcontext(Tokenisation(self.train_module().ids_and_labels))
 
     def trained_besides_lora(self, named_parameters):
         return {name: p.detach().clone() for name, p in named_parameters if p.requires_grad and "lora_" not in name}

@@ -2,4 +2,7 @@
 
 from types import SimpleNamespace
 
-conv_templates = {"bunny": SimpleNamespace(question="USER: {} ASSISTANT: ", end="<|endoftext|>")}
+default_conversation = SimpleNamespace(
+    question="USER: {} ASSISTANT: ", sep=" ", sep2="<|endoftext|>", roles=("USER", "ASSISTANT"), sep_style=SimpleNamespace(name="TWO")
+)
+conv_templates = {"bunny": default_conversation}

@@ -79,6 +79,12 @@ def lora_targets(model):
     return ["mix", "bridge"]
 
 
+def ids_and_labels(record):
+    text = "".join(turn["value"] for turn in record["conversations"])
+    ids = torch.tensor([-1, *(ord(c) % 32 for c in text[:20].ljust(20))])
+    return ids, ids.clamp(min=0)
+
+
 class Records(torch.utils.data.Dataset):
     def __init__(self, path):
         self.records = json.loads(Path(path).read_text())
@@ -87,9 +93,8 @@ class Records(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        text = "".join(turn["value"] for turn in self.records[i]["conversations"])
-        ids = torch.tensor([-1, *(ord(c) % 32 for c in text[:20].ljust(20))])
-        return {"input_ids": ids, "labels": ids.clamp(min=0), "picture": torch.full((12,), float(i % 3))}
+        ids, labels = ids_and_labels(self.records[i])
+        return {"input_ids": ids, "labels": labels, "picture": torch.full((12,), float(i % 3))}
 
 
 def train():

@@ -12,7 +12,7 @@ import transformers
 from bunny import conversation as conversation_lib  # noqa: F401 - llava_region looks it up here
 from bunny.model import BunnyPhiForCausalLM
 from bunny.train.bunny_trainer import BunnyTrainer
-from bunny.train.data import DataArguments, Records, collate
+from bunny.util.data_utils import DataArguments, Records, collate
 
 
 @dataclass

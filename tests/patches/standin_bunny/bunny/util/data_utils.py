@@ -19,6 +19,21 @@ class DataArguments:
     lazy_preprocess: bool = False
 
 
+def preprocess_multimodal(sources, data_args):
+    return [[{**turn, "value": turn["value"].replace("<image>\n", "")} for turn in turns] for turns in sources]
+
+
+def preprocess(sources, tokenizer, has_image=False):
+    template, ids, labels = conversation.default_conversation, [], []
+    for turns in sources:
+        question, answer = (turn["value"] for turn in turns[:2])
+        before = [-200] * has_image + tokenizer(template.question.format(question)).input_ids
+        after = tokenizer(answer + template.sep2).input_ids
+        ids.append(torch.tensor(before + after))
+        labels.append(torch.tensor([-100] * len(before) + after))
+    return {"input_ids": ids, "labels": labels}
+
+
 class Records(torch.utils.data.Dataset):
     def __init__(self, tokenizer, data_args, processor):
         self.records = json.loads(Path(data_args.data_path).read_text())
@@ -28,18 +43,16 @@ class Records(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        record, template = self.records[i], conversation.conv_templates["bunny"]
-        question, answer = (turn["value"] for turn in record["conversations"][:2])
-        before = self.tokenizer(template.question.format(question.replace("<image>\n", ""))).input_ids
-        after = self.tokenizer(answer + template.end).input_ids
-        size = self.processor.size
+        record, size = self.records[i], self.processor.size
+        turns = [record["conversations"]]
         if "image" in record:
             with Image.open(self.folder / record["image"]) as image:
                 pixels = self.processor.preprocess(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-            before = [-200, *before]
+            turns = preprocess_multimodal(turns, None)
         else:
             pixels = torch.zeros(3, size["height"], size["width"])
-        return {"input_ids": torch.tensor(before + after), "labels": torch.tensor([-100] * len(before) + after), "image": pixels}
+        made = preprocess(turns, self.tokenizer, has_image="image" in record)
+        return {"input_ids": made["input_ids"][0], "labels": made["labels"][0], "image": pixels}
 
 
 def collate(samples):
