@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
+from llava_region.training.flag_values import words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,11 @@ class LLaVA(LLaVAFamily):
     scripts = ("train.py", "train_mem.py", "train_xformers.py")
     model_fields = ("model_name_or_path", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter")
     train_parameters = ("attn_implementation",)
+    values = {
+        "mm_projector_type": words(("linear", "identity"), pattern=r"mlp\d+x_gelu", further="mlp2x_gelu (or another depth)"),
+        "mm_vision_select_feature": words(("patch", "cls_patch")),
+        "mm_patch_merge_type": words(("flat", "spatial", "spatial_unpad")),
+    }
 
     def get_command(self, environment: Mapping[str, str]) -> str:
         return f"pip install --no-deps llava-torch=={RELEASE}"
