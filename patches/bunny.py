@@ -12,6 +12,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.training.flag_values import words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +66,15 @@ class Bunny(LLaVAFamily):
         "freeze_backbone", "pretrain_mm_mlp_adapter", "mm_projector_type",
     )  # fmt: skip
 
+    values = {
+        "mm_projector_type": words(
+            ("linear", "identity", "spp_v1", "spp_v2", "spp_v3", "ldp", "vanilla", "minigpt"),
+            pattern=r"mlp\d+x_gelu|spp.*v[123].*",
+            further="mlp2x_gelu (or another depth)",
+        ),
+        "model_type": words(MODEL_TYPES, "is unknown to Bunny"),
+    }
+
     def get_command(self, environment: Mapping[str, str]) -> str:
         if root := environment.get("BUNNY_ROOT"):  # the checkout that this package's own tests run against
             return f"export PYTHONPATH={root}"
@@ -73,8 +83,8 @@ class Bunny(LLaVAFamily):
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:
         """Besides what the family checks: model type, template and tower have to fit each other and the model."""
         super().check(args, config)
-        if args.model_type not in MODEL_TYPES:
-            raise LlavaRegionError(f"--model_type {args.model_type} is unknown to Bunny; allowed: {', '.join(MODEL_TYPES)}")
+        if args.model_type is None:
+            raise LlavaRegionError(f"--model_type is missing; allowed: {', '.join(MODEL_TYPES)}")
         _, kinds, template = MODEL_TYPES[args.model_type]
         if config.get("model_type") not in kinds:
             raise LlavaRegionError(

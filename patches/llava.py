@@ -12,6 +12,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.training.flag_values import words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +55,11 @@ class LLaVA(LLaVAFamily):
         "mm_use_im_start_end", "mm_use_im_patch_token", "mm_vision_select_feature",
     )  # fmt: skip
     train_parameters = ("attn_implementation",)
+    values = {
+        "mm_projector_type": words(("linear", "identity"), pattern=r"mlp\d+x_gelu", further="mlp2x_gelu (or another depth)"),
+        "mm_vision_select_feature": words(("patch", "cls_patch")),
+        "mm_patch_merge_type": words(("flat", "spatial", "spatial_unpad")),
+    }
 
     def get_command(self, environment: Mapping[str, str]) -> str:
         return f"pip install --no-deps llava-torch=={RELEASE}"

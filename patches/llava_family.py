@@ -14,6 +14,7 @@ from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.seams import import_upstream, require, require_fields
 from llava_region.patches.upstream import Lora, Recipe, Upstream
+from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Values, check_values, words
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,21 @@ MERGE = "prepare_inputs_labels_for_multimodal"  # the models' method that puts i
 TRAINING_FIELDS = (
     "lora_enable", "lora_r", "lora_alpha", "lora_bias", "bits", "mm_projector_lr", "model_max_length", "freeze_mm_mlp_adapter",
 )  # fmt: skip
+# what the flags may be, and those of LoRA where it is asked for
+VALUES = {
+    "model_max_length": AT_LEAST_ONE,
+    "mm_projector_lr": NOT_NEGATIVE,
+    "image_aspect_ratio": words(
+        ("square", "pad"), "means nothing to training, which would take square, and the result could not be loaded"
+    ),
+}
+LORA_VALUES = {"lora_r": AT_LEAST_ONE, "lora_alpha": POSITIVE, "lora_dropout": BELOW_ONE}
+QUANT_TYPES = words(("nf4", "fp4"))
 
 
 class LLaVAFamily(Upstream):
-    """An upstream with LLaVA's command line. A subclass adds `model_fields`, the model flags that it needs itself."""
+    """An upstream with LLaVA's command line. A subclass adds `model_fields`, the model flags that it needs itself, and
+    `values`, those with a closed set of values."""
 
     parts = Parts(
         # Llama, Mistral, Phi, Phi-3, Qwen2, StableLM, MiniCPM; MPT
@@ -48,6 +60,7 @@ class LLaVAFamily(Upstream):
     save: ClassVar[str] = "safe_save_model_for_hf_trainer"
     data_module_name: ClassVar[str]  # the module with its dataset
     model_fields: ClassVar[tuple[str, ...]]
+    values: ClassVar[Mapping[str, Values]] = {}
     train_parameters: ClassVar[tuple[str, ...]] = ()  # of train() itself
 
     def owns(self, config: Mapping[str, Any]) -> bool:
@@ -96,12 +109,16 @@ class LLaVAFamily(Upstream):
         )  # fmt: skip
 
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        check_values(args, {**VALUES, **self.values})
+        _check_unusable(args)
         if args.tune_mm_mlp_adapter:
             raise LlavaRegionError("--tune_mm_mlp_adapter True trains the projector alone; leave it out, or --tune_layers")
         if args.freeze_backbone and not args.lora_enable:
             raise LlavaRegionError(
                 "--freeze_backbone True freezes the whole language model; leave it out, --tune_layers freezes what is outside the region"
             )
+        if args.lora_enable:
+            check_values(args, LORA_VALUES)
         if args.lora_enable and args.lora_bias != "none":
             raise LlavaRegionError(f"--lora_bias {args.lora_bias} would train biases outside the region; allowed: none")
         if args.bits not in (4, 8, 16):
@@ -110,6 +127,8 @@ class LLaVAFamily(Upstream):
             raise LlavaRegionError(
                 f"--bits {args.bits} quantises the weights, which then cannot be tuned; add --lora_enable True, or use --bits 16"
             )
+        if args.bits == 4:
+            check_values(args, {"quant_type": QUANT_TYPES})
         if args.bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
             raise LlavaRegionError(f"--bits {args.bits} needs bitsandbytes; install it with 'pip install bitsandbytes'")
         if args.lora_enable and importlib.util.find_spec("deepspeed") is None:
@@ -180,6 +199,24 @@ def template_problem(template: Any, version: str, turns: Sequence[Mapping[str, A
     if kind == "LLAMA_2" and not next(turn["value"] for turn in turns if turn["from"] == "human"):
         return f"begins with an empty question, which --version {version} does not take"
     return None
+
+
+def _check_unusable(args: Namespace) -> None:
+    """Flags of the upstream and of transformers that its train() ignores, or cannot train with."""
+    if getattr(args, "lora_weight_path", ""):
+        raise LlavaRegionError(
+            f"--lora_weight_path {args.lora_weight_path} is read by nobody: training would start without it; leave it out, and merge "
+            "that run with 'llava-region merge' to start from it"
+        )
+    if args.label_smoothing_factor:
+        raise LlavaRegionError(
+            f"--label_smoothing_factor {args.label_smoothing_factor} fails at the first step, as the model puts image features among the "
+            "labels; allowed: 0"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise LlavaRegionError(
+            f"--neftune_noise_alpha {args.neftune_noise_alpha} fails at the first step, as samples are embedded one by one; leave it out"
+        )
 
 
 def features_per_image(model: Any) -> int:

@@ -21,6 +21,7 @@ from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.resumable import check_resumable
 from llava_region.training.sampled_records import check_records
+from llava_region.training.trainer_flags import check_trainer_flags
 
 if TYPE_CHECKING:
     from llava_region.upstreams import Recipe, Upstream
@@ -64,6 +65,7 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     upstream.check(args, config)
     check_vision(recipe)
     check_deepspeed(args, recipe, config)
+    check_trainer_flags(args, own_optimizer="optimizer" in deepspeed_settings(args))
     check_generation_config(args, recipe)
     check_output(args.output_dir)
     check_resumable(args.output_dir, region, recipe.lora is not None)
@@ -184,9 +186,14 @@ def check_vision(recipe: Recipe) -> None:
         raise LlavaRegionError(f"{flag} {recipe.projector} is not there; give the mm_projector.bin of the pretraining")
 
 
+def deepspeed_settings(args: Namespace) -> dict[str, Any]:
+    """The DeepSpeed config on the command line; empty without one."""
+    return read_json(Path(args.deepspeed)) if args.deepspeed else {}
+
+
 def zero_settings(args: Namespace) -> dict[str, Any]:
     """`zero_optimization` of the DeepSpeed config on the command line; empty without one."""
-    return read_json(Path(args.deepspeed)).get("zero_optimization", {}) if args.deepspeed else {}
+    return deepspeed_settings(args).get("zero_optimization", {})
 
 
 def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) -> None:
