@@ -199,8 +199,8 @@ class _MappedBin:
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
-        # the format before torch 1.6 is no zip file and cannot be mapped
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        # the format before torch 1.6 is no zip file and cannot be mapped; torch 2.1 maps a file that is named by a string, not a Path
+        tensors = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as e:
         raise LlavaRegionError(
             f"{file} is damaged or holds more than tensors (torch.load with weights_only refuses it, no code of it was run); "

@@ -59,6 +59,15 @@ def test_reads_every_kind_exactly(tmp_path, kind):
         checkpoint.tensor("x")
 
 
+def test_a_mapped_file_is_named_by_a_string(tmp_path, monkeypatch):
+    """torch 2.1 refuses a Path there."""
+    load, mapped = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda file, **options: mapped.append((type(file), options["mmap"])) or load(file, **options))
+    checkpoint = Checkpoint(write_folder(tmp_path / "m", "bin"))
+    assert torch.equal(checkpoint.tensor("a.half"), tensors()["a.half"])
+    assert mapped == [(str, True)] * 2
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin-sharded"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 60])
 def test_writes_what_the_safetensors_library_reads(tmp_path, kind, shard_bytes):
