@@ -81,7 +81,7 @@ def take_debug(argv: list[str]) -> tuple[list[str], bool]:
 
 def given_folders(flags: list[str]) -> list[str]:
     """The run's output folder, as far as the flags can be read before they are checked."""
-    pairs = [flag.partition("=")[::2] if "=" in flag else (flag, value) for flag, value in zip(flags, [*flags[1:], ""], strict=True)]
+    pairs = [flag.partition("=")[::2] if "=" in flag else (flag, value) for flag, value in zip(flags, [*flags[1:], ""], strict=False)]
     return [value for name, value in pairs if name.replace("-", "_") == "__output_dir" and value]
 
 

@@ -128,17 +128,20 @@ def _arguments(args: Namespace) -> TrainingArguments:
 def _check_optimizer(arguments: TrainingArguments) -> None:
     """Look up the optimizer's class, as the trainer does before its first step."""
     from transformers import Trainer
+    from transformers.training_args import OptimizerNames
 
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
-        raise LlavaRegionError(f"--optim {arguments.optim.value} cannot be used here: {e}; the default is adamw_torch") from e
+        raise LlavaRegionError(
+            f"--optim {OptimizerNames(arguments.optim).value} cannot be used here: {e}; the default is adamw_torch"
+        ) from e
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
     """Build the learning rate's schedule, as the trainer does before its first step, for a parameter that stands for all."""
     import torch
-    from transformers import get_scheduler
+    from transformers import SchedulerType, get_scheduler
 
     name, total = arguments.lr_scheduler_type, max(arguments.max_steps, 0)
     settings = getattr(arguments, "lr_scheduler_kwargs", None)
@@ -149,6 +152,8 @@ def _check_schedule(arguments: TrainingArguments) -> None:
             **({"scheduler_specific_kwargs": settings} if settings else {}),
         )  # fmt: skip
     except (ValueError, TypeError, ArithmeticError) as e:  # inverse_sqrt without a warm-up divides by zero
-        raise LlavaRegionError(f"--lr_scheduler_type {name.value} does not go with the other flags: {e}; change one of them") from e
+        raise LlavaRegionError(
+            f"--lr_scheduler_type {SchedulerType(name).value} does not go with the other flags: {e}; change one of them"
+        ) from e
     if total == 1 and schedule.get_last_lr() == [0.0]:
         raise LlavaRegionError("--max_steps 1 is its whole warm-up, at a learning rate of 0; leave --warmup_ratio and --warmup_steps out")

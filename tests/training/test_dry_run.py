@@ -32,8 +32,8 @@ def test_dry_run_shows_what_each_policy_takes(tiny, tmp_path, capsys):
 
 def test_a_limit_that_cannot_be_met_is_refused_before_weights_load(tiny, tmp_path, capsys):
     for dry in (True, False):
-        line = refused(capsys, *command(tiny, tmp_path, region_memory="1MB", dry_run=dry), main=main)
-        assert line.startswith("error: --region_memory 1 MB is too little")
+        ran = run(capsys, *command(tiny, tmp_path, region_memory="1MB", dry_run=dry), main=main)
+        assert ran.code == 2 and ran.err.startswith("error: --region_memory 1 MB is too little") and ran.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
