@@ -26,5 +26,5 @@ def test_lora_is_not_put_around_lora():
     parts = {name: torch.nn.Linear(2, 2) for name in ("base_layer", "lora_A", "lora_B")}
     adapted = model_of(torch.nn.ModuleDict({"up_proj": torch.nn.ModuleDict(parts)}))
     assert linear_modules(adapted, [0]) == ["model.layers.0.up_proj.base_layer"]
-    with pytest.raises(LlavaRegionError, match="has an adapter already .*; merge it with 'llava-region merge'"):
+    with pytest.raises(LlavaRegionError, match=r"has an adapter already .*; merge it with 'llava-region merge'"):
         run.find_linear_names(adapted)
