@@ -6,25 +6,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.adapter_config import lora_config, scalings_of
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE, ADAPTER_FILES
 
-# Options of PEFT that change the merged weight in ways that LLaVA and Bunny cannot produce.
-REFUSED = {
-    "use_dora": "DoRA's magnitudes are not merged here",
-    "layer_replication": "the adapter replicates layers",
-    "megatron_config": "the adapter was made for Megatron",
-}
 # Rows of a weight that are updated together: keeps the fp32 copy small, and in memory that is used again.
 _ROWS = 256
 
@@ -88,13 +81,7 @@ def read_adapter(run: ModelLike) -> Adapter:
         LlavaRegionError: no LoRA adapter, a damaged one, or one of a kind that cannot be merged exactly.
     """
     source = ModelSource.of(run)
-    config, folder = source.adapter_config, source.path
-    if config.get("peft_type") != "LORA":
-        raise LlavaRegionError(f"{folder}/{ADAPTER_CONFIG_FILE} is not of a LoRA adapter; allowed: peft_type LORA")
-    for key, reason in REFUSED.items():
-        if config.get(key):
-            raise LlavaRegionError(f"the adapter in {folder} cannot be merged: {reason} ('{key}' in {ADAPTER_CONFIG_FILE})")
-    stored = open_adapter(folder)
+    config, stored = lora_config(source), open_adapter(source.path)
     halves: dict[str, dict[str, Entry]] = {}
     tensors = {}
     for name, entry in stored.items():
@@ -107,7 +94,9 @@ def read_adapter(run: ModelLike) -> Adapter:
             tensors[bare_name(name)] = entry
     if not halves:
         raise LlavaRegionError(f"{stored.path} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
-    return Adapter(config, {module: _update(module, pair, config, stored.path) for module, pair in halves.items()}, tensors)
+    scalings = scalings_of(halves, source)
+    updates = {module: _update(module, pair, scalings[module], config, stored.path) for module, pair in halves.items()}
+    return Adapter(config, updates, tensors)
 
 
 def trained_besides(run: ModelSource) -> dict[str, Entry]:
@@ -130,36 +119,13 @@ def trained_whole(run: ModelSource, adapter: Adapter) -> dict[str, Entry]:
     return {**trained_besides(run), **adapter.tensors}
 
 
-def _update(module: str, pair: dict[str, Entry], config: dict, file: Path) -> LoraUpdate:
+def _update(module: str, pair: dict[str, Entry], scaling: tuple[int, float], config: dict, file: Path) -> LoraUpdate:
     if set(pair) != {"A", "B"}:
         raise LlavaRegionError(f"{file} holds only lora_{next(iter(pair))} of '{module}'; the file is incomplete, save the adapter again")
     a, b = pair["A"], pair["B"]
-    rank, scaling = scaling_of(module, config)
+    rank, factor = scaling
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise LlavaRegionError(
             f"LoRA on '{module}' has A {a.shape} and B {b.shape}, {ADAPTER_CONFIG_FILE} says rank {rank}; files do not belong together"
         )
-    return LoraUpdate(a, b, scaling, bool(config.get("fan_in_fan_out")))
-
-
-def scaling_of(module: str, config: dict) -> tuple[int, float]:
-    """Rank of the adapter on a module, and what B @ A is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r).
-
-    `rank_pattern` and `alpha_pattern` override both for modules that a key matches, as PEFT matches them.
-
-    Raises:
-        LlavaRegionError: different keys of the two patterns match the module; PEFT's versions disagree on what that means.
-    """
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank_key, alpha_key = _matching(module, ranks), _matching(module, alphas)
-    if rank_key and alpha_key and rank_key != alpha_key:
-        raise LlavaRegionError(
-            f"'{rank_key}' of rank_pattern and '{alpha_key}' of alpha_pattern both match '{module}', "
-            "and PEFT's versions disagree which counts; merge it with the PEFT that trained it"
-        )
-    rank, alpha = ranks.get(rank_key, config["r"]), alphas.get(alpha_key, config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _matching(module: str, keys: Iterable[str]) -> str | None:
-    return next((key for key in keys if key == module or re.match(rf".*\.{key}$", module)), None)
+    return LoraUpdate(a, b, factor, bool(config.get("fan_in_fan_out")))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.adapter import open_adapter, trained_besides
+from llava_region.checkpoints.adapter_config import lora_config, scalings_of
+from llava_region.checkpoints.tensors import bare_name
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import CONFIG_FILE
@@ -14,7 +17,7 @@ from llava_region.run_files import CONFIG_FILE
 if TYPE_CHECKING:
     import torch
 
-    from llava_region.checkpoints.source import ModelSource
+    from llava_region.checkpoints.model_source import ModelSource
     from llava_region.upstreams import ModelSide
 
 
@@ -58,6 +61,8 @@ def load_multimodal(side: ModelSide, source: ModelSource, base: ModelSource | No
         options: dtype, device_map and attn_implementation, as for its `build`.
     """
     weights = base or source
+    if source.kind == "adapter":
+        _check_adapter(source)
     model, tokenizer, info = side.build(weights.path, source.settings, **options)
     extra = {name: entry.load() for name, entry in trained_besides(source).items()} if base else {}
     _refuse_incomplete(model, info, weights, extra)
@@ -94,16 +99,27 @@ def _refuse_incomplete(model: Any, info: Mapping[str, Any], source: ModelSource,
         raise LlavaRegionError(f"{source} has tensors beyond the layers of its {CONFIG_FILE}, such as {surplus[0]}; fix num_hidden_layers")
 
 
+def _check_adapter(run: ModelSource) -> None:
+    """Refuse settings of an adapter that PEFT would misread, before weights load."""
+    lora_config(run)
+    names = [bare_name(name) for name in open_adapter(run.path)]
+    scalings_of(dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name), run)
+
+
 def _merge_adapter(model: Any, run: ModelSource) -> Any:
     """The model with the adapter of a run merged in by PEFT.
 
     Raises:
         LlavaRegionError: adapter and model do not match tensor for tensor, which PEFT would ignore.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     stored = {name for name in open_adapter(run.path) if "lora_" in name}
-    model = PeftModel.from_pretrained(model, run.path)
+    # fields of a newer PEFT, which change no weight, are errors to an older one; so are newer initialisations, which are overwritten
+    known = {field.name for field in fields(LoraConfig)}
+    settings = {key: value for key, value in lora_config(run).items() if key in known and value is not None}
+    config = LoraConfig(**{**settings, "init_lora_weights": True, "inference_mode": True})
+    model = PeftModel.from_pretrained(model, run.path, config=config)
     wanted = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
     if stored != wanted:
         odd = sorted(stored ^ wanted)

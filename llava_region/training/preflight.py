@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_region import processes
-from llava_region.checkpoints.source import num_layers_in
+from llava_region.checkpoints.model_source import num_layers_in
 from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json

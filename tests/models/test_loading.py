@@ -12,7 +12,7 @@ pytest.importorskip("llava.model")
 import torch
 from PIL import Image
 
-from llava_region.checkpoints.source import ModelSource
+from llava_region.checkpoints.model_source import ModelSource
 from llava_region.data.labels import IGNORE_INDEX
 from llava_region.errors import LlavaRegionError
 from llava_region.models import load
@@ -81,9 +81,9 @@ def test_a_lora_run_is_merged_in_the_asked_dtype(lora_run, tiny, monkeypatch):
 
     real = PeftModel.from_pretrained
 
-    def with_fp32_adapters(*args):
+    def with_fp32_adapters(*args, **options):
         """As newer PEFT loads them."""
-        model = real(*args)
+        model = real(*args, **options)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.float() if "lora_" in name else parameter.data
         return model
