@@ -19,8 +19,10 @@ NON_LORA_FILE = "non_lora_trainables.bin"  # what a LoRA run trained besides its
 PROJECTOR_FILE = "mm_projector.bin"  # of a pretraining that trained the projector alone
 EPOCH_RNG_FILE = "epoch_rng_state.pth"
 SCHEDULER_FILE = "scheduler.pt"
+OPTIMIZER_FILE = "optimizer.pt"
+TRAINER_STATE_FILE = "trainer_state.json"
 # What the trainer and DeepSpeed leave that is not part of a model.
-TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "zero_to_fp32.py")
+TRAINER_FILES = (TRAINER_STATE_FILE, "all_results.json", "train_results.json", "zero_to_fp32.py")
 TRAINER_BIN_FILES = ("optimizer.bin", "training_args.bin", "scheduler.bin")
 
 # -- an evaluation

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region, read_region_json
-from llava_region.run_files import REGION_FILE, SCHEDULER_FILE
+from llava_region.run_files import (
+    ADAPTER_FILES,
+    NON_LORA_FILE,
+    OPTIMIZER_FILE,
+    REGION_FILE,
+    SCHEDULER_FILE,
+    TRAINER_STATE_FILE,
+    WEIGHT_FILES,
+)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -20,11 +28,14 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path | None:
+def check_resumable(output_dir: str | Path, region: Region, lora: bool, deepspeed: bool) -> Path | None:
     """The checkpoint that a run in this folder will resume from, or None if it starts afresh.
 
+    Args:
+        lora, deepspeed: whether the run that is asked for trains LoRA, and whether it runs under DeepSpeed.
+
     Raises:
-        LlavaRegionError: the folder's checkpoints are of another region or mode, not of this trainer, or hold the model alone.
+        LlavaRegionError: the folder's checkpoints are of another region or mode, not of this trainer, or the last lacks a file.
     """
     folder = Path(output_dir)
     found = checkpoints(folder)
@@ -48,12 +59,57 @@ def check_resumable(output_dir: str | Path, region: Region, lora: bool) -> Path 
             f"{folder} holds checkpoints of {record['mode']} tuning, and now {'LoRA' if lora else 'full tuning'} is asked for; "
             "ask for the same, or give another --output_dir"
         )
-    if complete and not (complete[-1] / SCHEDULER_FILE).is_file() and not any(complete[-1].glob("global_step*")):
+    if not complete:
+        return None
+    check_whole(complete[-1], lora, deepspeed)
+    return complete[-1]
+
+
+def check_whole(checkpoint: Path, lora: bool, deepspeed: bool) -> None:
+    """Refuse a checkpoint that lacks what training goes on from; transformers would silently start that part afresh.
+
+    Raises:
+        LlavaRegionError: names the missing file.
+    """
+    states = (OPTIMIZER_FILE, SCHEDULER_FILE, "optimizer.bin")
+    if not any((checkpoint / name).is_file() for name in states) and not any(checkpoint.glob("global_step*")):
         raise LlavaRegionError(
-            f"{complete[-1]} holds no optimizer and scheduler (--save_only_model True), so its run would start again at the first "
+            f"{checkpoint} holds no optimizer and scheduler (--save_only_model True), so its run would start again at the first "
             "learning rate; give another --output_dir, or remove the checkpoints"
         )
-    return complete[-1] if complete else None
+    needed: list[tuple[str, ...]] = [(TRAINER_STATE_FILE,)]
+    if deepspeed:  # the weights are in DeepSpeed's own folder
+        needed += [("latest",)]
+        latest = checkpoint / "latest"
+        if latest.is_file():
+            needed += [(latest.read_text(encoding="utf-8", errors="replace").strip() or "global_step*",)]
+    else:
+        needed += [(OPTIMIZER_FILE, "optimizer*"), (SCHEDULER_FILE,)]
+        needed += [ADAPTER_FILES, (NON_LORA_FILE,)] if lora else [WEIGHT_FILES]
+    for names in needed:
+        if not any(next(checkpoint.glob(name), None) for name in names):
+            raise LlavaRegionError(
+                f"{checkpoint} lacks {names[0]}, without which its run cannot go on as it was; "
+                "remove that checkpoint to resume from the one before, or give another --output_dir"
+            )
+
+
+def check_asked(asked: str | None, last: Path | None, output_dir: str | Path) -> None:
+    """Refuse a `--resume_from_checkpoint` that would not be followed: upstream's train() itself looks only into its output folder.
+
+    Args:
+        asked: the flag's value; last: the checkpoint that the run resumes from.
+
+    Raises:
+        LlavaRegionError: says from what the run would resume.
+    """
+    if asked is None or (last is not None and Path(asked).resolve() == last.resolve()):
+        return
+    found = f"which is {last}" if last else f"and {output_dir} holds none"
+    raise LlavaRegionError(
+        f"--resume_from_checkpoint {asked} cannot be followed: a run resumes from the last whole checkpoint of its --output_dir, {found}; "
+        "leave the flag out and give the --output_dir of the run to resume (without the checkpoints after the one that you want)"
+    )
 
 
 def drop_incomplete(output_dir: str | Path) -> list[Path]:

@@ -69,6 +69,15 @@ class EpochOrder(TrainerCallback):
             self.state = torch.random.get_rng_state()
 
 
+def missing_random_states(checkpoint: str | Path, rank: int, ranks: int) -> list[str]:
+    """Files with random states that a checkpoint lacks for a rank: transformers goes on without them, and says nothing.
+
+    Nothing that was trained is lost with them, so a run may go on.
+    """
+    names = (EPOCH_RNG_FILE, "rng_state.pth" if ranks <= 1 else f"rng_state_{rank}.pth")
+    return [name for name in names if not (Path(checkpoint) / name).is_file()]
+
+
 def load_trained_parameters_only(accelerator: Accelerator) -> None:
     """Let DeepSpeed load a LoRA checkpoint, which holds only what trained.
 

@@ -15,13 +15,14 @@ from llava_region.training.cost import CostMeter, write_cost
 from llava_region.training.first_step import FirstStep
 from llava_region.training.learning_rates import name_and_drop_groups
 from llava_region.training.recompute import out_of_memory_hint
-from llava_region.training.resumable import check_resumable, drop_incomplete
+from llava_region.training.resumable import check_asked, check_resumable, drop_incomplete
 from llava_region.training.resume import (
     AllStepsDone,
     EpochOrder,
     NoStepTooMany,
     load_non_lora,
     load_trained_parameters_only,
+    missing_random_states,
     numpy_state_loadable,
 )
 from llava_region.training.run import RegionRun
@@ -57,7 +58,8 @@ class RegionTrainerMixin(Trainer):
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         self.run.prepare_model(model, args)
         region = self.run.resolve(model)
-        check_resumable(args.output_dir, region, self.run.mode != "full")
+        checkpoint = check_resumable(args.output_dir, region, self.run.mode != "full", bool(args.deepspeed))
+        check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
         super().__init__(model=model, args=args, **kwargs)
         self.run.trainer = self
         self.first_step = FirstStep(self, region)
@@ -141,6 +143,8 @@ class RegionTrainerMixin(Trainer):
     def _go_on_from(self, folder: str) -> None:
         if self.is_world_process_zero():
             print(f"resuming from {folder}", flush=True)
+        for name in missing_random_states(folder, self.args.process_index, self.args.world_size):
+            print(f"{folder} lacks {name}: what is drawn from it (the order of samples, dropout) is drawn anew", flush=True)
         self.meter.resume(folder)
         self.epoch_order.resume(folder)
         if self.is_deepspeed_enabled and self.run.mode != "full":

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("llava.train.train")
 
 from llava_region.train import main
-from tests.helpers.command_line import Ran, refused, run
+from tests.helpers.command_line import Ran, run
 from tests.helpers.training_runs import llava_flags
 
 

@@ -46,7 +46,7 @@ def test_adapter(tmp_path, changes, message):
     [
         (
             "model.layers.1.self_attn.q_proj.base_layer",
-            r"holds, besides what LoRA was put on, .*q_proj\.base_layer\.lora_A\.weight \(2 such",
+            r"besides what LoRA was put on, .*q_proj\.base_layer\.lora_A\.weight \(2 such",
         ),
         ("model.layers.6.mlp.up_proj", r"holds, besides what LoRA was put on, .*up_proj\.lora_A"),
         ("base_model.model.model.layers.6.self_attn.q_proj", "holds, besides what LoRA was put on"),

@@ -93,6 +93,13 @@ def test_checkpoints_of_another_trainer(refused, tmp_path):
     assert "comes from a run without --tune_layers" in refused(output_dir=tmp_path / "foreign")
 
 
+def test_checkpoint_that_is_asked_for(refused, tmp_path):
+    """Upstream's train() does not read the flag: the run would start from nothing."""
+    for asked in (tmp_path / "nothing" / "checkpoint-5", "True", False):
+        line = refused(resume_from_checkpoint=asked)
+        assert f"--resume_from_checkpoint {asked} cannot be followed" in line and "holds none; leave the flag out" in line
+
+
 def test_deepspeed_config(refused, tmp_path):
     path = write_zero3(tmp_path)
     good = json.loads(path.read_text())
