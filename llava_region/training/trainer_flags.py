@@ -128,19 +128,21 @@ def _arguments(args: Namespace) -> TrainingArguments:
 def _check_optimizer(arguments: TrainingArguments) -> None:
     """Look up the optimizer's class, as the trainer does before its first step."""
     from transformers import Trainer
+    from transformers.training_args import OptimizerNames
 
+    optim = OptimizerNames(arguments.optim).value
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
-        raise LlavaRegionError(f"--optim {arguments.optim.value} cannot be used here: {e}; the default is adamw_torch") from e
+        raise LlavaRegionError(f"--optim {optim} cannot be used here: {e}; the default is adamw_torch") from e
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
     """Build the learning rate's schedule, as the trainer does before its first step, for a parameter that stands for all."""
     import torch
-    from transformers import get_scheduler
+    from transformers import SchedulerType, get_scheduler
 
-    name, total = arguments.lr_scheduler_type, max(arguments.max_steps, 0)
+    name, total = SchedulerType(arguments.lr_scheduler_type), max(arguments.max_steps, 0)
     settings = getattr(arguments, "lr_scheduler_kwargs", None)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     try:
