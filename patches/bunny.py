@@ -12,10 +12,13 @@ from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.patches.vocabulary import check_vocabulary
 from llava_region.training.flag_values import words
+from llava_region.training.vision_files import CLIP, SIGLIP, check_tower
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from llava_region.patches.bunny_model import BunnyModels
 
@@ -32,7 +35,9 @@ MODEL_TYPES = {
 LLAMA3_EOS = 128001  # written into Bunny's train() for llama3-8b
 SIGLIP_WIDTH = 1152  # of siglip-so400m, where the tower's config isn't on this machine
 EVA_PATCHES = (336 // 14) ** 2  # written into Bunny's EVA tower
-TOWERS = ("sig", "eva", "clip")  # Bunny tells a vision tower's kind by these in its path
+EVA_WIDTH = 1024  # Bunny knows one EVA-CLIP, whose weights are a file
+TOWERS = {"sig": SIGLIP, "eva": None, "clip": CLIP}  # Bunny tells a vision tower's kind by these in its path, in this order
+BY_FOUR = ("minigpt", "vanilla")  # projectors that lay four patches side by side
 
 
 class Bunny(LLaVAFamily):
@@ -106,16 +111,54 @@ class Bunny(LLaVAFamily):
         if config.get("mm_vision_tower"):
             _check_continued(args, config)
 
+    def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        tower, flag = config.get("mm_vision_tower"), f"'mm_vision_tower' in {args.model_name_or_path}/config.json:"
+        if not tower:
+            tower, flag = args.vision_tower, "--vision_tower"
+        kind = _kind_of(tower)
+        if kind == "eva":
+            if not Path(tower).is_file():
+                raise LlavaRegionError(f"{flag} {tower}: Bunny takes it for EVA-CLIP by 'eva' in its path; give the file of its weights")
+            return
+        tower_kind = TOWERS.get(kind or "")
+        if tower_kind is None:
+            raise LlavaRegionError(f"{flag} {tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}")
+        found = check_tower(tower, flag, tower_kind, resized=args.use_s2)
+        patches = (found.image_size // found.patch_size) ** 2
+        if args.mm_projector_type in BY_FOUR and patches % 4:
+            raise LlavaRegionError(
+                f"--mm_projector_type {args.mm_projector_type} takes patches by four, and {tower} makes {patches}; give mlp2x_gelu"
+            )
+
+    def load_tokenizer(self, args: Namespace) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        code = {"trust_remote_code": True} if args.model_type == "stablelm-2" else {}
+        return AutoTokenizer.from_pretrained(
+            args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, padding_side="right", use_fast=True,
+            **code,
+        )  # fmt: skip
+
+    def check_tokenizer(self, args: Namespace, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        model = f"--model_name_or_path {args.model_name_or_path}"
+        if tokenizer.pad_token is None and tokenizer.unk_token is None and args.model_type != "llama3-8b":
+            raise LlavaRegionError(
+                f"{model}: its tokenizer has neither a padding nor an unknown token, and Bunny pads with one; set 'pad_token' in its "
+                "tokenizer_config.json"
+            )
+        check_vocabulary(tokenizer, model, rows, [], lora=args.lora_enable)
+
     def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
         from bunny.model.multimodal_projector.builder import build_vision_projector
 
         model_class = require(self.train_module(), MODEL_TYPES[args.model_type][0], self.tested)
         model = model_class(model_class.config_class(**settings_without_tower(config)))
         inner = model.get_model()
-        tower = vision_model(args.vision_tower, args.cache_dir)
+        tower = None if _kind_of(args.vision_tower) == "eva" else vision_model(args.vision_tower)
         model.config.mm_projector_type = args.mm_projector_type
         scales = 3 if args.use_s2 else 1  # S2 lays the features of three resolutions side by side
-        model.config.mm_hidden_size = scales * (tower.config.hidden_size if tower is not None else SIGLIP_WIDTH)
+        unknown = EVA_WIDTH if _kind_of(args.vision_tower) == "eva" else SIGLIP_WIDTH
+        model.config.mm_hidden_size = scales * (tower.config.hidden_size if tower is not None else unknown)
         inner.mm_projector = build_vision_projector(model.config)
         if tower is not None:
             inner.vision_tower = tower
@@ -138,16 +181,21 @@ class Bunny(LLaVAFamily):
 
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """EVA's processor is Bunny's own, and takes every size."""
-        return None if _kind_of_tower(args.vision_tower) == "eva" else super().picture_problem(args, width, height)
+        return None if _kind_of(args.vision_tower) == "eva" else super().picture_problem(args, width, height)
 
     def model_side(self) -> BunnyModels:
         return import_upstream("llava_region.patches.bunny_model", self.title, self.how_to_get).BunnyModels()
 
 
+def _kind_of(tower: str) -> str | None:
+    """The kind that Bunny takes a vision tower for."""
+    return next((kind for kind in TOWERS if kind in tower.lower()), None)
+
+
 def _check_tower(args: Namespace) -> None:
     if not args.vision_tower:
         raise LlavaRegionError("--vision_tower is missing; give google/siglip-so400m-patch14-384")
-    kind = _kind_of_tower(args.vision_tower)
+    kind = _kind_of(args.vision_tower)
     if kind is None:
         raise LlavaRegionError(
             f"--vision_tower {args.vision_tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}"
@@ -160,15 +208,11 @@ def _check_tower(args: Namespace) -> None:
         )
 
 
-def _kind_of_tower(tower: str) -> str | None:
-    return next((kind for kind in TOWERS if kind in tower.lower()), None)
-
-
 def _tokens_per_image(args: Namespace, tower: str) -> int:
     """Patches of the tower; 1 for projectors that merge patches, which so are never said to be cut where they are not."""
     if args.mm_projector_type not in ("linear", "identity") and not args.mm_projector_type.startswith("mlp"):
         return 1
-    return EVA_PATCHES if _kind_of_tower(tower) == "eva" else tokens_of_tower(tower, args.cache_dir)
+    return EVA_PATCHES if _kind_of(tower) == "eva" else tokens_of_tower(tower, args.cache_dir)
 
 
 def _check_continued(args: Namespace, config: Mapping[str, Any]) -> None:

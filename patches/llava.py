@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,14 +13,22 @@ from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.patches.vocabulary import Growth, check_vocabulary
 from llava_region.training.flag_values import words
+from llava_region.training.vision_files import CLIP, check_tower, read_tensors
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from llava_region.patches.llava_model import LLaVAModels
 
 RELEASE = "1.2.2.post1"  # of llava-torch, made from the commit
+BACKBONES = ("llama", "llava", "llava_llama", "mistral", "llava_mistral")  # model types that compute as Llama does
+MPT = ("mpt", "llava_mpt")
+HUB_TOWERS = ("openai", "laion")  # LLaVA knows a hub name as a CLIP by how it begins, or by ShareGPT4V in it
+# settings that a LLaVA checkpoint keeps when training goes on from it, while its config.json gets what the flags say
+KEPT = {"mm_projector_type": "linear", "mm_vision_select_layer": -1, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat"}
 
 
 class LLaVA(LLaVAFamily):
@@ -52,7 +61,7 @@ class LLaVA(LLaVAFamily):
     scripts = ("train.py", "train_mem.py", "train_xformers.py")
     model_fields = (
         "model_name_or_path", "version", "vision_tower", "tune_mm_mlp_adapter", "freeze_backbone", "pretrain_mm_mlp_adapter",
-        "mm_use_im_start_end", "mm_use_im_patch_token", "mm_vision_select_feature",
+        "mm_use_im_start_end", "mm_use_im_patch_token", "mm_vision_select_feature", *KEPT,
     )  # fmt: skip
     train_parameters = ("attn_implementation",)
     values = {
@@ -87,6 +96,56 @@ class LLaVA(LLaVAFamily):
                 f"--version {args.version} is not a conversation template, and LLaVA would silently take vicuna_v1; "
                 f"allowed: {', '.join(templates)}, v0.5"
             )
+        _check_backbone(args, config)
+        if config.get("mm_vision_tower"):
+            _check_continued(args, config)
+
+    def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        tower = args.vision_tower
+        if not (os.path.exists(tower) or tower.startswith(HUB_TOWERS) or "ShareGPT4V" in tower):
+            raise LlavaRegionError(
+                f"--vision_tower {tower} is no folder, and LLaVA knows no hub name like it; allowed: a folder with a CLIP, or a name that "
+                f"begins with {' or '.join(HUB_TOWERS)}, such as openai/clip-vit-large-patch14-336"
+            )
+        found = check_tower(tower, "--vision_tower", CLIP)
+        kept = config.get("mm_vision_tower") or tower
+        if kept != tower:
+            its = check_tower(kept, f"'mm_vision_tower' in {args.model_name_or_path}/config.json:", CLIP)
+            if its.to_dict() != found.to_dict():
+                raise LlavaRegionError(
+                    f"--vision_tower {tower} is another tower than the one that {args.model_name_or_path} was trained with, and LLaVA "
+                    f"would go on with that one; give --vision_tower {kept}"
+                )
+        states, layer = found.num_hidden_layers + 1, args.mm_vision_select_layer
+        if not -states <= layer < states:
+            raise LlavaRegionError(
+                f"--mm_vision_select_layer {layer}: {tower} has {found.num_hidden_layers} layers; allowed: {-states} to {states - 1}"
+            )
+
+    def load_tokenizer(self, args: Namespace) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        slow = {} if "mpt" in args.model_name_or_path else {"use_fast": False}
+        return AutoTokenizer.from_pretrained(
+            args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, padding_side="right", **slow
+        )
+
+    def check_tokenizer(self, args: Namespace, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        model = f"--model_name_or_path {args.model_name_or_path}"
+        if args.version != "v0" and tokenizer.unk_token is None:
+            raise LlavaRegionError(
+                f"{model}: its tokenizer has no unknown token, which LLaVA pads with; set 'unk_token' in its tokenizer_config.json"
+            )
+        growths = _growths(args, tokenizer)
+        check_vocabulary(tokenizer, model, rows, growths, lora=args.lora_enable)
+        if args.mm_use_im_start_end and args.pretrain_mm_mlp_adapter:
+            new = [token for token in growths[-1].tokens if token not in tokenizer.get_vocab()]
+            stored = read_tensors(args.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter").get("model.embed_tokens.weight")
+            if len(new) != 2 or stored is None or stored.shape[0] not in (2, len(tokenizer.get_vocab()) + 2 + args.mm_use_im_patch_token):
+                raise LlavaRegionError(
+                    "--mm_use_im_start_end True takes the rows of its two tokens from --pretrain_mm_mlp_adapter, whose pretraining has to "
+                    "have had that flag, and which the model must not have yet; give --mm_use_im_start_end False"
+                )
 
     def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
         from llava.model.multimodal_projector.builder import build_vision_projector
@@ -95,7 +154,7 @@ class LLaVA(LLaVAFamily):
         model_class = require(self.train_module(), "LlavaMptForCausalLM" if mpt else "LlavaLlamaForCausalLM", self.tested)
         model = model_class(model_class.config_class(**settings_without_tower(config)))
         inner = model.get_model()
-        tower = vision_model(args.vision_tower, args.cache_dir)
+        tower = vision_model(args.vision_tower)
         model.config.mm_projector_type = args.mm_projector_type
         model.config.mm_hidden_size = tower.config.hidden_size if tower is not None else 1024
         inner.mm_projector = build_vision_projector(model.config)
@@ -148,6 +207,45 @@ class LLaVA(LLaVAFamily):
 
     def model_side(self) -> LLaVAModels:
         return import_upstream("llava_region.patches.llava_model", self.title, self.how_to_get).LLaVAModels()
+
+
+def _check_backbone(args: Namespace, config: Mapping[str, Any]) -> None:
+    """LLaVA loads any model as Llama, or as MPT where its path says so."""
+    model, kind = args.model_name_or_path, config.get("model_type")
+    if "mpt" in model and kind not in MPT:
+        raise LlavaRegionError(
+            f"--model_name_or_path {model} has 'mpt' in it, for which LLaVA would load it as MPT, but it is '{kind}'; give a path without "
+            "these letters: rename or link a folder, or give it relative to where you start"
+        )
+    if kind not in (None, *BACKBONES) and not (kind in MPT and "mpt" in model):
+        raise LlavaRegionError(
+            f"--model_name_or_path {model} is of model type '{kind}', which LLaVA would load as Llama, whatever it computes; allowed: "
+            f"{', '.join(BACKBONES)} (a model that computes as Llama does can say so in its config.json)"
+        )
+
+
+def _check_continued(args: Namespace, config: Mapping[str, Any]) -> None:
+    """Training goes on from a LLaVA checkpoint: its own vision part stays as it is, and the flags say only what config.json records."""
+    for name, default in KEPT.items():
+        ours, given = config.get(name, default), getattr(args, name)
+        if given != ours:
+            raise LlavaRegionError(
+                f"--{name} {given} does not fit {args.model_name_or_path}, which stays with {ours}, while the result's config.json would "
+                f"say {given}; give --{name} {ours}"
+            )
+
+
+def _growths(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Growth]:
+    """What LLaVA adds to the vocabulary, in its order."""
+    growths = []
+    if args.version == "v0" and tokenizer.pad_token is None:
+        growths.append(Growth("--version v0", ("[PAD]",), "give another template, such as v1", True))
+    if args.mm_use_im_patch_token:
+        give = "give --mm_use_im_patch_token False, as LLaVA's own scripts do"
+        growths.append(Growth("--mm_use_im_patch_token True (the default)", ("<im_patch>",), give, False))
+    if args.mm_use_im_start_end:
+        growths.append(Growth("--mm_use_im_start_end True", ("<im_start>", "<im_end>"), "give --mm_use_im_start_end False", True))
+    return growths
 
 
 UPSTREAM = LLaVA()

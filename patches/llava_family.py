@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from abc import abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.seams import import_upstream, require, require_fields
 from llava_region.patches.upstream import Lora, Recipe, Upstream
+from llava_region.patches.vocabulary import load_tokenizer
 from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Values, check_values, words
+from llava_region.training.model_files import check_backbone
+from llava_region.training.vision_files import check_projector
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FLAGS = {
     "model": "--model_name_or_path", "cache_dir": "--cache_dir", "data": "--data_path", "images": "--image_folder",
@@ -156,6 +160,48 @@ class LLaVAFamily(Upstream):
         """The conversation template that training takes with these flags."""
         return self.train_module().conversation_lib.conv_templates[args.version]
 
+    def check_files(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        """Vision tower, backbone, tokenizer and projector."""
+        self.check_tower(args, config)
+        model: Any = self.meta_model(args, config)
+        recipe = self.recipe(args)
+        check_backbone(self, recipe, model)
+        tokenizer = load_tokenizer(args.model_name_or_path, FLAGS["model"], lambda: self.load_tokenizer(args))
+        self.check_tokenizer(args, tokenizer, model.get_input_embeddings().weight.shape[0])
+        widths = model.config.mm_hidden_size, model.config.hidden_size
+        if args.mm_projector_type == "identity" and widths[0] != widths[1]:
+            raise LlavaRegionError(
+                f"--mm_projector_type identity needs a vision tower as wide as the language model, not {widths[0]} and {widths[1]}; "
+                "give mlp2x_gelu"
+            )
+        if recipe.projector:
+            wanted = {name: tuple(tensor.shape) for name, tensor in model.get_model().mm_projector.state_dict().items()}
+            projector_type = f"--mm_projector_type {args.mm_projector_type}"
+            check_projector(recipe.projector, FLAGS["projector"], wanted, "mm_projector", projector_type)
+
+    @abstractmethod
+    def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        """Refuse a vision tower that the upstream cannot load, or would fill with random weights.
+
+        Raises:
+            LlavaRegionError: names the flag and how to fix it.
+        """
+
+    @abstractmethod
+    def load_tokenizer(self, args: Namespace) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model to tune, loaded as train() loads it."""
+
+    @abstractmethod
+    def check_tokenizer(self, args: Namespace, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Refuse a tokenizer that does not go with the model or with the flags.
+
+        Args:
+            rows: of the model's embeddings.
+
+        Raises:
+            LlavaRegionError: says what to change.
+        """
+
     def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         return self.train_module().get_peft_state_non_lora_maybe_zero_3(named_parameters)
 
@@ -247,12 +293,15 @@ def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("mm_vision_tower", "model_type", "architectures")}
 
 
-def vision_model(tower: str, cache_dir: str | None = None) -> PreTrainedModel | None:
-    """A vision tower's transformers model on the default device, from its config alone; None where it is not on this machine."""
+def vision_model(tower: str) -> PreTrainedModel | None:
+    """A vision tower's transformers model on the default device, from its config alone; None where it is not on this machine.
+
+    The upstreams do not look for towers under --cache_dir.
+    """
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(tower, cache_dir=cache_dir)
+        config = AutoConfig.from_pretrained(tower)
     except (OSError, ValueError):
         return None
     config = getattr(config, "vision_config", config)

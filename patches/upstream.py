@@ -187,6 +187,25 @@ class Upstream(ABC):
             LlavaRegionError: names the flag and how to fix it.
         """
 
+    def check_files(self, args: Namespace, config: Mapping[str, Any]) -> None:
+        """Refuse files that this upstream alone would find missing, damaged or of another model after loading weights, or never.
+
+        To be extended where there are more files than the weights of the model to tune. Arguments as for `check`, which was before.
+
+        Raises:
+            LlavaRegionError: names the flag and how to fix it.
+        """
+        from llava_region.training.model_files import check_backbone
+
+        check_backbone(self, self.recipe(args), self.meta_model(args, config))
+
+    def meta_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
+        """`empty_model` on the meta device."""
+        import torch
+
+        with torch.device("meta"):
+            return self.empty_model(args, config)
+
     @abstractmethod
     def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
         """The model that training would build, on the default device (meta, in a dry run) from configs alone, with projector

@@ -61,11 +61,11 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     check_combination(args, recipe)
     check_no_adapter(recipe)
     config = model_config(recipe)
+    upstream.check(args, config)  # another kind of model has another number of layers
     region = Region.parse(args.tune_layers, num_layers_in(config, f"{recipe.model}/{CONFIG_FILE}"))
-    upstream.check(args, config)
-    check_vision(recipe)
     check_deepspeed(args, recipe, config)
     check_trainer_flags(args, own_optimizer="optimizer" in deepspeed_settings(args))
+    upstream.check_files(args, config)
     check_generation_config(args, recipe)
     check_output(args.output_dir)
     checkpoint = check_resumable(args.output_dir, region, recipe.lora is not None, bool(args.deepspeed))
@@ -170,21 +170,6 @@ def model_file(recipe: Recipe, name: str) -> str | None:
     except (OSError, ValueError) as e:
         why = str(e).strip().splitlines()[0]
         raise LlavaRegionError(f"{recipe.flags['model']} {model} is not a folder and not on the hub: {why}") from e
-
-
-def check_vision(recipe: Recipe) -> None:
-    """Check the vision tower and the pretrained projector, where they are given as paths.
-
-    Raises:
-        LlavaRegionError: a path that does not exist.
-    """
-    tower = recipe.tower
-    if tower and tower.startswith(("/", ".", "~")) and not (Path(tower) / CONFIG_FILE).is_file():
-        flag = recipe.flags["tower"]
-        raise LlavaRegionError(f"{flag} {tower} holds no {CONFIG_FILE}; give the folder or hub name of a vision tower")
-    if recipe.projector and not Path(recipe.projector).is_file():
-        flag = recipe.flags["projector"]
-        raise LlavaRegionError(f"{flag} {recipe.projector} is not there; give the mm_projector.bin of the pretraining")
 
 
 def deepspeed_settings(args: Namespace) -> dict[str, Any]:

@@ -130,12 +130,11 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
+    optim = OptimizerNames(arguments.optim).value
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
-        raise LlavaRegionError(
-            f"--optim {OptimizerNames(arguments.optim).value} cannot be used here: {e}; the default is adamw_torch"
-        ) from e
+        raise LlavaRegionError(f"--optim {optim} cannot be used here: {e}; the default is adamw_torch") from e
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
@@ -143,7 +142,7 @@ def _check_schedule(arguments: TrainingArguments) -> None:
     import torch
     from transformers import SchedulerType, get_scheduler
 
-    name, total = arguments.lr_scheduler_type, max(arguments.max_steps, 0)
+    name, total = SchedulerType(arguments.lr_scheduler_type), max(arguments.max_steps, 0)
     settings = getattr(arguments, "lr_scheduler_kwargs", None)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     try:
@@ -152,8 +151,6 @@ def _check_schedule(arguments: TrainingArguments) -> None:
             **({"scheduler_specific_kwargs": settings} if settings else {}),
         )  # fmt: skip
     except (ValueError, TypeError, ArithmeticError) as e:  # inverse_sqrt without a warm-up divides by zero
-        raise LlavaRegionError(
-            f"--lr_scheduler_type {SchedulerType(name).value} does not go with the other flags: {e}; change one of them"
-        ) from e
+        raise LlavaRegionError(f"--lr_scheduler_type {name.value} does not go with the other flags: {e}; change one of them") from e
     if total == 1 and schedule.get_last_lr() == [0.0]:
         raise LlavaRegionError("--max_steps 1 is its whole warm-up, at a learning rate of 0; leave --warmup_ratio and --warmup_steps out")

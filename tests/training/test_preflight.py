@@ -11,6 +11,7 @@ pytest.importorskip("deepspeed")
 
 from llava_region import train as region_train
 from llava_region.data.check import check_data
+from tests.helpers.sparse_models import write_sparse_llama
 from tests.helpers.training_runs import LORA, llava_flags, write_zero3
 
 
@@ -220,13 +221,9 @@ def test_help_names_every_flag(capsys):
 
 
 def test_dry_run_of_13b_takes_seconds(tiny, tmp_path, capsys):
-    """From the meta device: 40 layers of LLaVA-1.5-13B's shape, ZeRO-3 on eight GPUs, no weights anywhere."""
+    """From the meta device: 40 layers of LLaVA-1.5-13B's shape, ZeRO-3 on eight GPUs, of weights nothing but names and shapes."""
     shape = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
-    folder = tmp_path / "vicuna-13b"
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, **shape})
-    )
+    folder = write_sparse_llama(tmp_path / "vicuna-13b", tiny.backbone, vocab_size=32000, **shape)
     changes = {
         "model_name_or_path": folder,
         "deepspeed": write_zero3(tmp_path),
