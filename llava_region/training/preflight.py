@@ -199,11 +199,13 @@ def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) 
     if importlib.util.find_spec("deepspeed") is None:
         raise LlavaRegionError("--deepspeed needs deepspeed; install it with 'pip install deepspeed'")
     settings = read_json(path)
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise LlavaRegionError(f"{path} is not a DeepSpeed config (a JSON object, as its 'zero_optimization' is); see scripts/deepspeed/")
     ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
     if ignoring and recipe.projector_rate is not None:
         flag = recipe.flags["projector_rate"]
         raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore {flag}; remove that entry, the flags set the rates")
-    zero = settings.get("zero_optimization", {})
     if zero.get("stage") == 3:
         _check_zero3(args, recipe, zero, path, config)
 
