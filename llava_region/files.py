@@ -150,14 +150,14 @@ def output_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         raise LlavaRegionError(f"{path} is a file; give a folder")
     _refuse_irreplaceable(path, final)
     with locks.held(final):
+        _clear_up(final)
         refuse_existing(final, force)
-        _remove_leftovers(final)
         temporary = _new_folder(final, "partial")
         try:
             yield temporary
             _put_in_place(temporary, final, force)
         except BaseException as e:
-            if isinstance(e, OSError) and not temporary.exists():  # see `_remove_leftovers`
+            if isinstance(e, OSError) and not temporary.exists():  # see `_clear_up`
                 raise LlavaRegionError(f"{final} is in use: another process writes it now; wait for it, or give another output") from e
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -209,18 +209,24 @@ def _new_folder(final: Path, ending: str) -> Path:
     return folder
 
 
-def _remove_leftovers(final: Path) -> None:
-    """Remove what killed runs left; whoever holds the output's lock knows that their processes are gone.
+def _clear_up(final: Path) -> None:
+    """Undo what killed runs left; whoever holds the output's lock knows that their processes are gone.
 
-    Each is renamed before it is emptied: should a process write there after all, then it fails, and its output lacks no file.
+    An output that one of them had put aside to replace it goes back, as there is no other. The rest is removed. Each is renamed
+    before it is emptied: should a process write there after all, then it fails, and its output lacks no file.
     """
     # 0.1.0 had one name for all runs
-    own = re.compile(re.escape(locks.hidden(final)) + r"(?:[a-z0-9_]{8}\.)?(?:partial|old)")
-    with suppress(OSError):
-        for left in final.parent.iterdir():
-            if own.fullmatch(left.name) and left.is_dir():
-                gone = _new_folder(final, "old")
-                os.rename(left, gone)
+    own = re.compile(re.escape(locks.hidden(final)) + r"(?:[a-z0-9_]{8}\.)?(partial|old)")
+    left = [(found[1], path) for path in final.parent.iterdir() if (found := own.fullmatch(path.name)) and path.is_dir()]
+    for kind, path in left:
+        with suppress(OSError):  # another process was faster, or may not be disturbed
+            if kind == "old" and not final.exists() and any(path.iterdir()):
+                os.rename(path, final)
+                continue
+            gone = _new_folder(final, "old")
+            try:
+                os.rename(path, gone)
+            finally:
                 shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -241,7 +247,7 @@ def _put_in_place(temporary: Path, final: Path, force: bool) -> None:
         if aside:
             with suppress(OSError):  # fails where there is one again
                 os.rename(aside[-1], final)
-        if isinstance(e, OSError):
+        if isinstance(e, OSError) and temporary.exists():
             raise LlavaRegionError(f"cannot write {final}: {e.strerror}") from e
         raise
     finally:

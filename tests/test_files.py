@@ -71,8 +71,7 @@ from llava_region.files import output_folder
 
 mark, out, force, unlocked = sys.argv[1], sys.argv[2], sys.argv[3] == "force", sys.argv[4] == "unlocked"
 if unlocked:
-    locks._take = lambda path, wait: (path, __import__("os").open("/dev/null", 0))
-    locks._release = lambda *_: None
+    locks.held = lambda path: __import__("contextlib").nullcontext()
 while not Path(out).with_name("go").exists():
     pass
 try:
@@ -104,6 +103,26 @@ def test_two_processes_with_one_output(tmp_path, force, locked):
         for error in filter(None, errors):
             assert error.startswith("error: ") and error.count("\n") == 1 and ("in use" in error or "exists" in error)
         assert sorted(path.name for path in folder.iterdir()) == ["go", "out"]
+
+
+def test_what_was_put_aside_to_be_replaced_comes_back(tmp_path):
+    """A run with --force was killed between its two renames: the old output is the only one that is whole."""
+    for name in (".out.abcdefgh.old", ".out.ijklmnop.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out", force=True):
+        raise KeyboardInterrupt
+    assert (tmp_path / "out" / "weights").read_text() == ".out.abcdefgh.old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_of_a_process_with_a_rank_is_held_too(tmp_path, monkeypatch):
+    """Kubernetes' operators set RANK for every process, for those that are alone too."""
+    monkeypatch.setenv("RANK", "1")
+    with output_folder(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "weights").write_text("")
+        assert (tmp_path / "a" / "b" / ".out.lock").exists()
+    assert (tmp_path / "a" / "b" / "out" / "weights").exists()
 
 
 def test_only_own_leftovers_are_removed(tmp_path):
