@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 import tempfile
 import warnings
@@ -18,6 +19,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
+from llava_region.training.arguments import did_you_mean
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.resumable import check_resumable
 
@@ -79,6 +81,8 @@ def parse(classes: tuple[Any, ...], flags: list[str]) -> Namespace:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
+            unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+            message += did_you_mean(unknown, self._option_string_actions)
             raise LlavaRegionError(f"{message}; 'python -m llava_region.train UPSTREAM --help' lists the flags")
 
     return Parser(classes, allow_abbrev=False).parse_args(flags)

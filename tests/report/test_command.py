@@ -47,7 +47,7 @@ def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: p
         (["--cost", "bunny-8"], "has no '='"),
         (["--cost", "x=cost.json"], "--cost names 'x'"),
         (["--cost", "bunny-8=/nowhere/cost.json"], "cannot read"),
-        (["--figure", "4", "--out", "OUT", "--table", "2"], "figure 4 needs runs with layers pruned"),
+        (["--figure", "4", "--out", "OUT"], "figure 4 needs runs with layers pruned"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -130,3 +130,13 @@ def test_values_of_wrong_kinds_are_one_line(tmp_path: Path, capsys: pytest.Captu
     for name, data in with_wrong_values(cut).items():
         codes.append(refused_in(f"pruned {name}", {**whole, "region": {**region, "pruned": data}}, results))
     assert codes.count(2) > 150 and codes.count(0) > 20
+
+
+def test_a_figure_without_runs_keeps_the_tables(table_2: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    code, text, error = run(capsys, "report", *table_2, "--table", 2, "--figure", 4, "--figure", 2, "--out", out)
+    assert code == 2 and error.startswith("error: figure 4 needs runs with layers pruned") and error.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {"table2.md", "table2.csv", "table2.tex", "figure2.png", "figure2.svg"}
+    assert str(out / "table2.md") in text
+    line = refused(capsys, "report", *table_2, "--figure", 4, "--out", tmp_path / "none")  # nothing is left to write
+    assert "figure 4 needs runs" in line and not (tmp_path / "none").exists()
