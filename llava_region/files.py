@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         LlavaRegionError: the folder is not writable.
     """
-    write_bytes(path, text.encode("utf-8"))
+    # half of a pair, as in names that are not text, becomes \udcff, which JSON reads back
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -94,8 +96,22 @@ def parse_json(data: bytes, path: str | Path) -> Any:
     """
     try:
         return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise LlavaRegionError(f"{path} is not valid JSON: lists or objects are nested too deeply") from None
     except ValueError as e:
+        if _is_json_lines(data):
+            raise LlavaRegionError(
+                f"{path} is JSON lines, one value per line; allowed: one JSON value. Make one list of it: jq -s . {shlex.quote(str(path))}"
+            ) from e
         raise LlavaRegionError(f"{path} is not valid JSON: {e}") from e
+
+
+def _is_json_lines(data: bytes) -> bool:
+    """Whether the first two lines are JSON objects or lists each."""
+    try:
+        return all(isinstance(json.loads(line), dict | list) for line in data.lstrip().split(b"\n", 2)[:2])
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_json(path: str | Path) -> Any:

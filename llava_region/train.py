@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,13 +146,22 @@ def train_untouched(request: Request) -> None:
     """Run the upstream's train() as it is.
 
     Raises:
-        LlavaRegionError: the upstream is not installed, or a flag looks like a misspelt one of ours.
+        LlavaRegionError: the upstream is not installed, or a flag looks like a misspelt one of ours, or is unknown to it too.
     """
+    from llava_region.training.arguments import did_you_mean
+
     upstream = _upstream_of(request)
     upstream.train_module()
     sys.argv = [sys.argv[0], *request.flags]
     refuse_misspelt(request.flags)
-    upstream.entry(request.script)()
+    try:
+        upstream.entry(request.script)()
+    except ValueError as e:
+        unknown = re.findall(r"'(--[\w-]+)", str(e)) if "not used by the HfArgumentParser" in str(e) else []
+        if not unknown:
+            raise
+        known = [f"--{field.name}" for one in upstream.argument_classes() for field in dataclasses.fields(one)]
+        raise LlavaRegionError(f"unrecognized arguments: {', '.join(unknown)}{did_you_mean(unknown, known)}") from e
 
 
 def train_region(request: Request) -> None:

@@ -131,6 +131,7 @@ def test_both_command_lines_have_it(tmp_path, capsys, monkeypatch):
         raise ZeroDivisionError("by accident")
 
     monkeypatch.setattr("llava_region.region.Region.load", broken)
+    (tmp_path / "region.json").write_text("{}")
     code, _, err = run(capsys, "layers", tmp_path)
     assert code == 70 and "ZeroDivisionError: by accident (unforeseen" in err and len(logs(tmp_path)) == 1
     for argv in (("--debug", "layers", tmp_path), ("layers", tmp_path, "--debug")):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_region import LlavaRegionError, locks
-from llava_region.files import output_folder, refuse_existing, write_text
+from llava_region.files import output_folder, read_json, refuse_existing, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,3 +268,29 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(LlavaRegionError, match=r"cannot write .*/t: No space left on device"):
         write_text(tmp_path / "t", "1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_not_text_are_read_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "t.json", {name: "模型"})
+    assert read_json(tmp_path / "t.json") == {name: "模型"} and "模型" in (tmp_path / "t.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"id": 1}\n{"id": 2}\n', "is JSON lines, one value per line; allowed: one JSON value. Make one list of it: jq -s . '"),
+        (b'\n\n["a"]\n["b"]', "is JSON lines"),
+        (b'{"id": 1}\nx', "is not valid JSON: Extra data"),
+        (b'{"id": 1', "is not valid JSON: "),
+        ('["é"]'.encode("latin-1"), "is not valid JSON: "),
+    ],
+)
+def test_what_is_not_json(tmp_path, content, message):
+    path = tmp_path / "a file.json"
+    path.write_bytes(content)
+    with pytest.raises(LlavaRegionError) as error:
+        read_json(path)
+    assert message in str(error.value) and "\n" not in str(error.value)

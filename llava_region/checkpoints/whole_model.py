@@ -23,6 +23,7 @@ from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_
 SHAPE_KEYS = (
     *WIDTH_KEYS, *LAYER_COUNT_KEYS, "intermediate_size", "num_attention_heads", "num_key_value_heads", "expansion_ratio", "n_heads",
 )  # fmt: skip
+VISION_TYPES = ("clip", "siglip")  # with both of their halves, or the vision model alone
 _SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".tiktoken", ".jinja")
 _NOT_COPIED = (CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, ADAPTER_CONFIG_FILE, *TRAINER_FILES)
 _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p")
@@ -58,10 +59,15 @@ def read_model(model: ModelLike) -> ModelFolder:
     """Open a model folder; no tensor is loaded.
 
     Raises:
-        LlavaRegionError: not a checkpoint, or a damaged one; `config.json` counts other decoder layers than there are tensors for.
+        LlavaRegionError: a vision tower, not a checkpoint, or a damaged one; `config.json` counts other decoder layers than the
+            tensors are for.
     """
     source = ModelSource.of(model)
     path, config, count = source.path, source.config, source.num_layers
+    if str(config.get("model_type")).startswith(VISION_TYPES):
+        raise LlavaRegionError(
+            f"{model} is a vision tower (model_type '{config['model_type']}'), not a language model; give the model that was tuned"
+        )
     if "text_config" in config:
         raise LlavaRegionError(
             f"{model} is in transformers' own LLaVA format ('text_config'); give a checkpoint of upstream {upstreams.titles()}"

@@ -9,13 +9,11 @@ import typer
 
 
 def command(
-    model: str = typer.Argument(
-        None, help="A LLaVA or Bunny model, merged or pruned; a LoRA run with --base; a plain LLM for mmlu and bbh."
-    ),
+    model: str = typer.Argument(None, help="A LLaVA or Bunny model, merged or pruned; a LoRA run; a plain LLM for mmlu and bbh."),
     task: str = typer.Option(None, "--task", help="Names with commas between, or all. See --list."),
     data_root: Path = typer.Option(None, "--data-root", help="Folder with the official files, one folder per task. See --list."),
     out: Path = typer.Option(None, "--out", help="Folder for the answers and results.json. What it already holds is not asked again."),
-    base: str = typer.Option(None, "--base", help="For a LoRA run: the model it was trained on."),
+    base: str = typer.Option(None, "--base", help="For a LoRA run: the model it was trained on. Default: the one the run names."),
     predictions: Path = typer.Option(None, "--predictions", help="Score this answers file (LLaVA's jsonl) without a model."),
     batch_size: int = typer.Option(16, "--batch-size", min=1, help="Questions per batch; halved while a batch does not fit."),
     limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first questions of each task; the report calls that incomplete."),

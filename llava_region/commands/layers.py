@@ -1,9 +1,16 @@
 """`llava-region layers`: which layers a spec means for a model."""
 
+from __future__ import annotations
+
 import json
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from llava_region.region import Region
 
 
 def command(
@@ -19,7 +26,7 @@ def command(
 
     model = model.parent if model.name == CONFIG_FILE and model.is_file() else model
     if spec is None:
-        region = Region.load(model)
+        region = _trained(model)
     else:  # a file: a config under any name
         region = Region.parse(spec, num_layers_in(read_json(model), str(model)) if model.is_file() else ModelSource.of(model).num_layers)
     if as_json:
@@ -28,3 +35,24 @@ def command(
     print(f"{region.spec}: {len(region)} of {region.num_layers} decoder layers ({len(region) / region.num_layers:.1%})")
     print(",".join(map(str, region.layers)))
     print(region.map_line())
+
+
+def _trained(model: Path) -> Region:
+    """The region that a model was trained with.
+
+    Raises:
+        LlavaRegionError: it was not trained by this package, or there is no model.
+    """
+    from llava_region.checkpoints.model_source import ModelSource
+    from llava_region.errors import LlavaRegionError
+    from llava_region.region import Region
+    from llava_region.run_files import REGION_FILE
+
+    if not (model / REGION_FILE).is_file():
+        source = ModelSource.of(model)
+        if source.region is None and source.num_layers:  # a model it is
+            raise LlavaRegionError(
+                f"{model} was not trained with --tune_layers, so it has no region of its own; give a layer spec, such as "
+                f"'llava-region layers {shlex.quote(str(model))} sparse:25%'"
+            )
+    return Region.load(model)

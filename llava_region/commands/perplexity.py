@@ -17,7 +17,8 @@ def command(
     base: str = typer.Option(
         None,
         "--base",
-        help="The backbone (the language model before visual tuning): what the sweep puts back, and what a LoRA run goes on.",
+        help="The backbone (the language model before visual tuning): what the sweep puts back, and what a LoRA run goes on. Default for a "
+        "LoRA run: the model that it names.",
     ),
     lora_base: str = typer.Option(
         None,

@@ -61,6 +61,8 @@ def command(
         print("\n".join(files))
     else:
         print("\n".join(formats[0].render(one) for one in report.tables.values()), end="")
+    if report.refused:
+        raise LlavaRegionError("; ".join(report.refused))
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:

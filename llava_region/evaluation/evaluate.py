@@ -66,7 +66,8 @@ def evaluate(
     answered before and however many processes there are, so the answers are the same, too.
 
     Args:
-        model: LLaVA or Bunny model, LoRA run (with `base`), or plain language model (text tasks only).
+        model: LLaVA or Bunny model, LoRA run, or plain language model (text tasks only).
+        base: what a LoRA run was trained on; None: the model that the run names.
         limit: ask only the first questions of each task.
         batch_size: questions per batch; halved while one does not fit the GPU's memory.
         workers: threads that read images.
@@ -77,12 +78,13 @@ def evaluate(
     Raises:
         LlavaRegionError: bad input, before weights load; or `out` holds answers of another model or to other questions.
     """
-    from llava_region.models.loading import check_base, load
+    from llava_region.models.loading import base_to_load, check_base, load
 
     data_root, out = Path(data_root), Path(out)
     found = {name: tasks.load(name) for name in names}
     tasks.check(list(names), data_root)
-    source, on = ModelSource.of(model), ModelSource.of(base) if base else None
+    source = ModelSource.of(model)
+    on = base_to_load(source, base)
     check_base(source, on)
     seeing = [name for name, task in found.items() if task.visual]
     if seeing and source.upstream is None:

@@ -24,6 +24,7 @@ from llava_region.data.records import read_records, require_images, training_ima
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.models import Embedded, LoadedModel, load
+from llava_region.models.loading import base_to_load
 from llava_region.progress import progress_bar
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE
@@ -183,7 +184,8 @@ def sweep(
     """Perplexity of a model on each data file, as it is and with each set of layers of `revert` taken from the backbone.
 
     Args:
-        base: the backbone, to revert to; for a LoRA run also what it was trained on, unless `lora_base` says otherwise.
+        base: the backbone, to revert to; for a LoRA run also what it was trained on, unless `lora_base` says otherwise. None: for
+            a LoRA run the model that it names.
         revert: `SPEC;SPEC;...`; None: the model as it is, only.
         loading: device, dtype, template and so on, as for `models.load`.
 
@@ -228,12 +230,14 @@ def check_bases(
         raise LlavaRegionError(f"{model} is not a LoRA run (it has no {ADAPTER_CONFIG_FILE}); leave out --lora-base")
     if base and not is_run and not revert:
         raise LlavaRegionError("--base is the backbone for --revert-sweep, or what a LoRA run was trained on; leave it out here")
-    if revert and not base:
-        raise LlavaRegionError("--revert-sweep needs the backbone that layers are reverted to; give it with --base")
     if lora_base and base and not revert:
         raise LlavaRegionError("without --revert-sweep a LoRA run takes one base; leave out --base or --lora-base")
-    given = ModelSource.of(base) if base else None
-    own = (ModelSource.of(lora_base) if lora_base else given) if is_run else None
-    if revert and given:
-        check_same_shape(model.config, given.config, (f"the model {model}", f"the backbone {given}"))
-    return own, given if revert else None
+    own = base_to_load(model, lora_base or base) if is_run else None
+    if not revert:
+        return own, None
+    # what a run was trained on is its backbone, unless that was a visual model already
+    backbone = ModelSource.of(base) if base else own if own and not own.upstream else None
+    if backbone is None:
+        raise LlavaRegionError("--revert-sweep needs the backbone that layers are reverted to; give it with --base")
+    check_same_shape(model.config, backbone.config, (f"the model {model}", f"the backbone {backbone}"))
+    return own, backbone

@@ -72,6 +72,29 @@ def load(
     return LoadedModel(model, tokenizer, processor, name, template, num_layers, source.path, side)
 
 
+def named_base(model: ModelSource) -> ModelSource | None:
+    """What a model was trained on, as its `region.json` or its adapter names it: the first that is there; None where neither is."""
+    adapter = model.adapter_config if model.kind == "adapter" else {}
+    for named in ((model.region or {}).get("base_model"), adapter.get("base_model_name_or_path")):
+        if named:
+            try:
+                return ModelSource.of(named)
+            except LlavaRegionError:
+                continue
+    return None
+
+
+def base_to_load(model: ModelSource, base: ModelLike | None) -> ModelSource | None:
+    """What `load` needs beside a model: `base` where it is given, else for a LoRA run the model that it names; None for a whole one.
+
+    Raises:
+        LlavaRegionError: what is given is not a model's folder.
+    """
+    if base is not None:
+        return ModelSource.of(base)
+    return named_base(model) if model.kind == "adapter" else None
+
+
 def check_base(model: ModelSource, base: ModelSource | None) -> None:
     """Refuse an adapter without its base, a base for a model that is whole, and a base of another depth.
 
@@ -79,7 +102,9 @@ def check_base(model: ModelSource, base: ModelSource | None) -> None:
         LlavaRegionError: see above.
     """
     if model.kind == "adapter" and base is None:
-        raise LlavaRegionError(f"{model} is a LoRA run, an adapter only; give the model it was trained on with --base")
+        name = (model.region or {}).get("base_model") or model.adapter_config.get("base_model_name_or_path")
+        gone = f": {name} is not here" if name and named_base(model) is None else ""
+        raise LlavaRegionError(f"{model} is a LoRA run, an adapter only; give the model it was trained on with --base{gone}")
     if base is None:
         if model.kind != "whole":
             raise LlavaRegionError(

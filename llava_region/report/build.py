@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.report.figures import FIGURES, Families, draw, figure_data
 from llava_region.report.formats import Table
@@ -22,11 +23,13 @@ class Report:
         tables: number -> table.
         figures: number -> family -> series.
         remarks: what a reader of the figures has to know, a line each.
+        refused: why a figure that was asked for could not be made.
     """
 
     tables: dict[int, Table] = field(default_factory=dict)
     figures: dict[int, Families] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """`tables` and `figures` as plain data, unrounded."""
@@ -43,7 +46,7 @@ def build_report(runs: list[Run], tables: list[int], figures: list[int], baselin
         with_paper: add the paper's own numbers, where its text gives them.
 
     Raises:
-        LlavaRegionError: a baseline is not one of the runs, or no run has what a figure shows.
+        LlavaRegionError: a baseline is not one of the runs, or nothing that was asked for can be made.
     """
     report = Report()
     found = find_baselines(runs, baselines)
@@ -52,8 +55,14 @@ def build_report(runs: list[Run], tables: list[int], figures: list[int], baselin
     if with_paper and any(not TABLES[number].paper_rows for number in report.tables):
         report.remarks.append("the paper's numbers go with --table 1 to 4 and --figure 2")
     for number in dict.fromkeys(figures):
-        report.figures[number], remarks = figure_data(FIGURES[number], runs, with_paper)
+        try:
+            report.figures[number], remarks = figure_data(FIGURES[number], runs, with_paper)
+        except LlavaRegionError as e:  # what was asked for beside it is made
+            report.refused.append(str(e))
+            continue
         report.remarks += [f"figure {number}: {remark}" for remark in remarks]
+    if not report.tables and not report.figures:
+        raise LlavaRegionError("; ".join(report.refused))
     return report
 
 

@@ -6,6 +6,7 @@ A training run's own folder is read as a run without scores, which is enough for
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from llava_region import tasks
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.run_files import COST_FILE, REGION_FILE, RESULTS_FILE
+
+# What is read of `results.json`, of each of its tasks, of a region and of `cost.json`: int is a count, float any number from 0.
+RESULT_TYPES = {"model": str, "base": str, "upstream": str, "region": dict, "num_layers": int}
+COUNT_TYPES = {"n": int, "missing": int, "unreadable_images": int, "cut_prompts": int, "limit": int}
+REGION_TYPES = {"base_model": str, "pruned": dict, "reverted": dict, "scores": dict}
+COST_TYPES = {"gpu_hours": float, "samples": float}
+NAMES = {str: "text", dict: "an object", int: "a count", float: "a number from 0"}
+BEYOND = 1e18  # no count of layers, answers, samples or hours
 
 
 @dataclass
@@ -107,7 +116,9 @@ def _names(folders: list[Path]) -> list[str]:
 def _read_run(name: str, folder: Path, cost: str | None) -> Run:
     data, path = _read_results(folder)
     model = str(data.get("model") or folder)
+    _check_types(path, data, RESULT_TYPES)
     region, upstream = data.get("region"), data.get("upstream")
+    _check_types(path, region or {}, REGION_TYPES)
     origin = (region or {}).get("base_model") or data.get("base") or (None if upstream else model)
     run = Run(name, folder, model, family=_model_name(origin))
     for task, result in data["tasks"].items():
@@ -124,7 +135,9 @@ def _read_results(folder: Path) -> tuple[dict[str, Any], Path]:
     """What `results.json` of an evaluation says, or the same keys for a training run's folder; and the file it came from."""
     path, region = folder / RESULTS_FILE, folder / REGION_FILE
     if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
-        return {"model": str(folder), "upstream": None, "region": read_json(region), "tasks": {}}, region
+        record = read_json(region)
+        _check_types(region, record, REGION_TYPES)
+        return {"model": str(folder), "upstream": None, "region": record, "tasks": {}}, region
     if not path.is_file():
         raise LlavaRegionError(
             f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval', or a finished training run"
@@ -140,10 +153,11 @@ def _add_score(run: Run, path: Path, task: str, result: Any) -> None:
     if task not in tasks.NAMES:
         raise LlavaRegionError(f"{path} has an unknown task '{task}'; allowed: {', '.join(tasks.NAMES)}")
     result = result if isinstance(result, dict) else {}
+    _check_types(path, result, COUNT_TYPES)
     score = result.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise LlavaRegionError(f"the score of {task} in {path} is {score!r}; allowed: 0 to 100 percent")
-    asked, missing = result.get("n", 0), result.get("missing", 0)
+    asked, missing = result.get("n") or 0, result.get("missing") or 0
     if result.get("limit") or not asked:
         run.partial[task] = (score, f"limited to the first {asked:,}")
     elif missing:
@@ -159,10 +173,13 @@ def _add_region(run: Run, path: Path, region: dict[str, Any]) -> None:
     """Set the layers tuned, in the numbers of the model before pruning, and how many were pruned or reverted."""
     pruned = region.get("pruned") or {}
     layers, count = pruned.get("original_layers", region.get("layers")), pruned.get("original_num_layers", region.get("num_layers"))
-    if not isinstance(layers, list) or not isinstance(count, int):
+    dropped, reverted = pruned.get("dropped", []), (region.get("reverted") or {}).get("layers", [])
+    if not isinstance(layers, list) or not all(type(number) is int for number in (count, *layers)):
         raise LlavaRegionError(f"the region in {path} names no 'layers' or 'num_layers'; write it again with 'llava-region eval'")
-    run.layers, run.num_layers, run.pruned = tuple(layers), count, len(pruned.get("dropped", ()))
-    run.reverted = len((region.get("reverted") or {}).get("layers", ()))
+    if not isinstance(dropped, list) or not isinstance(reverted, list):
+        raise LlavaRegionError(f"the pruned or reverted layers in {path} are not a list; write it again with 'llava-region eval'")
+    run.layers, run.num_layers, run.pruned = tuple(layers), count, len(dropped)
+    run.reverted = len(reverted)
     run.metric = (region.get("scores") or {}).get("metric")
 
 
@@ -177,13 +194,37 @@ def _read_cost(folder: Path, model: str, given: str | None) -> dict[str, Any] | 
     """`cost.json` as given, else of the model's folder (for a `checkpoint-N`, also the run's), else of the evaluation's parent."""
     if given is not None:
         path = Path(given) / COST_FILE if Path(given).is_dir() else Path(given)
-        return read_json(path)
+        cost_given = _cost(path)
+        if cost_given.get("gpu_hours") is None:
+            raise LlavaRegionError(f"{path} holds no 'gpu_hours'; give the {COST_FILE} that a training wrote")
+        return cost_given
     places = [Path(model), Path(model).parent if Path(model).name.startswith("checkpoint-") else None, folder.resolve().parent]
     for place in places:
         # the folder above the evaluation may hold the cost of another model: it must be the folder of a run
         if place is not None and (place / COST_FILE).is_file() and (place / REGION_FILE).is_file():
-            return read_json(place / COST_FILE)
+            return _cost(place / COST_FILE)
     return None
+
+
+def _cost(path: Path) -> dict[str, Any]:
+    cost = read_json(path)
+    _check_types(path, cost, COST_TYPES)
+    return cost
+
+
+def _check_types(path: Path, data: Any, wanted: Mapping[str, type]) -> None:
+    """Refuse a value of another kind than was written; one that is missing or null is not looked at.
+
+    Raises:
+        LlavaRegionError: names the first.
+    """
+    if not isinstance(data, dict):
+        raise LlavaRegionError(f"{path} holds {data!r:.40} in place of an object; write it again")
+    for key, kind in wanted.items():
+        value = data.get(key)
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if value is not None and (not right or (kind in (int, float) and not 0 <= value < BEYOND)):
+            raise LlavaRegionError(f"'{key}' in {path} is {value!r:.40}; allowed: {NAMES[kind]}")
 
 
 def _join_families(runs: list[Run]) -> None:

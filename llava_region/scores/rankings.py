@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -42,7 +43,7 @@ def show(result: dict, out: Path, top: int | None, spread: bool, plot: Path | No
         console.print(_rankings(result, layers, count, spread))
         if len(result["metrics"]) > 1:
             console.print(_correlations(result["correlation"]))
-        console.print(f"{out}: train by it with --tune_layers {next(iter(specs.values()))}", soft_wrap=True)
+        console.print(f"{out}: train by it with --tune_layers {shlex.quote(next(iter(specs.values())))}", soft_wrap=True)
         for path in figures:
             console.print(str(path), soft_wrap=True)
     kept = {name: value for name, value in result.items() if name != "instances"}

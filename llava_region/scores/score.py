@@ -12,7 +12,7 @@ from llava_region import files as atomic
 from llava_region.checkpoints.identity import weights_digest
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
-from llava_region.models.loading import DTYPES, check_base, load
+from llava_region.models.loading import DTYPES, check_base, load, named_base
 from llava_region.scores.angular_distance_weights import angular_distance_weights
 from llava_region.scores.data import Dataset, Sample, read_samples
 from llava_region.scores.metrics import ACTIVATION_METRICS, MEANING, METRICS, WEIGHT_METRICS
@@ -97,17 +97,8 @@ def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> di
 
 
 def _base(model: ModelSource, options: Options) -> ModelSource | None:
-    """The backbone: as given, else the one that the run's `region.json` or adapter names, if it is there."""
-    if options.base is not None:
-        return ModelSource.of(options.base)
-    adapter = model.adapter_config if model.kind == "adapter" else {}
-    for named in ((model.region or {}).get("base_model"), adapter.get("base_model_name_or_path")):
-        if named:
-            try:
-                return ModelSource.of(named)
-            except LlavaRegionError:
-                continue
-    return None
+    """The backbone: as given, else the one that the run names, if it is there."""
+    return named_base(model) if options.base is None else ModelSource.of(options.base)
 
 
 def _check(

@@ -13,9 +13,11 @@ def read(path: str | Path) -> list[Row]:
     """The rows of an answers file.
 
     Raises:
-        LlavaRegionError: it is missing, or a line is not a JSON object with `question_id` and a string `text`.
+        LlavaRegionError: it is missing or empty, or a line is not a JSON object with `question_id` and a string `text`.
     """
     rows = read_jsonl(Path(path))
+    if not rows:
+        raise LlavaRegionError(f"{path} holds no answers; give the file that a model's answers were written to")
     for number, row in enumerate(rows, 1):
         if "question_id" not in row or not isinstance(row.get("text"), str):
             raise LlavaRegionError(f'{path} row {number} lacks "question_id" or a string "text", as LLaVA\'s answers files have them')

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_region.errors import LlavaRegionError
+from llava_region.files import read_bytes
 
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 PHRASE_INSTRUCTION = "Answer the question using a single word or phrase."
@@ -151,24 +152,30 @@ def read_jsonl(path: Path) -> list[Row]:
     """A file of one JSON object per line; blank lines are ignored.
 
     Raises:
-        LlavaRegionError: it is missing, or a line is not a JSON object; the message gives the line's number.
+        LlavaRegionError: it is missing, is not UTF-8, or a line is not a JSON object; the message gives the line's number.
     """
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise LlavaRegionError(f"cannot read {path}: {e.strerror}") from e
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise LlavaRegionError(f"{path} is not a text file in UTF-8 ({e}); save it in that encoding") from e
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
-            raise LlavaRegionError(f"{path} line {number} is not JSON ({e}); fix or remove the line") from e
+        except (ValueError, RecursionError) as e:
+            raise LlavaRegionError(f"{path} line {number} is not JSON ({e}); {_advice(text)}") from e
         if not isinstance(row, dict):
-            raise LlavaRegionError(f"{path} line {number} is not a JSON object; fix or remove the line")
+            raise LlavaRegionError(f"{path} line {number} is not a JSON object; {_advice(text)}")
         rows.append(row)
     return rows
+
+
+def _advice(text: str) -> str:
+    if text.lstrip().startswith("["):
+        return "this looks like a JSON list; allowed: JSON lines, one object per line. Make them of it: jq -c '.[]' FILE"
+    return "fix or remove the line"
 
 
 def percent(values: Sequence[float]) -> float:

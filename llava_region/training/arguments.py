@@ -6,6 +6,8 @@ Annotations here are types, not strings as elsewhere: `extend_arguments` puts th
 # ruff: noqa: UP045 - HfArgumentParser of transformers 4.36 to 4.41 does not read `str | None`
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -61,6 +63,13 @@ class RegionArguments:
         default=True,
         metadata={"help": "Compute the head's logits only at positions that have a label. The loss is the same within rounding."},
     )
+
+
+def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """The known flags that unknown ones resemble, as the end of a message: `; did you mean --x?`, or nothing."""
+    flags = {flag.replace("-", "_"): flag for flag in known}
+    found = [close[0] for flag in unknown if (close := difflib.get_close_matches(flag.replace("-", "_"), flags, n=1, cutoff=0.75))]
+    return f"; did you mean {' and '.join(flags[flag] for flag in dict.fromkeys(found))}?" if found else ""
 
 
 OWN_FLAGS = tuple(f"--{f.name}" for f in dataclasses.fields(RegionArguments))

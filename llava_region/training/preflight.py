@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 import tempfile
 import warnings
@@ -18,6 +19,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
+from llava_region.training.arguments import did_you_mean
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.resumable import check_asked, check_resumable
 from llava_region.training.sampled_records import check_records
@@ -86,6 +88,8 @@ def parse(classes: tuple[Any, ...], flags: list[str]) -> Namespace:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
+            unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+            message += did_you_mean(unknown, self._option_string_actions)
             raise LlavaRegionError(f"{message}; 'python -m llava_region.train UPSTREAM --help' lists the flags")
 
     return Parser(classes, allow_abbrev=False).parse_args(flags)
@@ -196,11 +200,13 @@ def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) 
     if importlib.util.find_spec("deepspeed") is None:
         raise LlavaRegionError("--deepspeed needs deepspeed; install it with 'pip install deepspeed'")
     settings = read_json(path)
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise LlavaRegionError(f"{path} is not a DeepSpeed config (a JSON object, as its 'zero_optimization' is); see scripts/deepspeed/")
     ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
     if ignoring and recipe.projector_rate is not None:
         flag = recipe.flags["projector_rate"]
         raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore {flag}; remove that entry, the flags set the rates")
-    zero = settings.get("zero_optimization", {})
     if zero.get("stage") == 3:
         _check_zero3(args, recipe, zero, path, config)
 

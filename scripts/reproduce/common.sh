@@ -17,6 +17,7 @@
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
+help_if_asked "$0" "${BASH_SOURCE[0]}" "$@"
 
 RESULTS=${RESULTS:-results/reproduce}
 EVAL_DATA=${EVAL_DATA:-data/eval}

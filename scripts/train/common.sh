@@ -23,6 +23,7 @@
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
+help_if_asked "$0" "${BASH_SOURCE[0]}" "$@"
 
 MODE=${MODE:-lora}
 TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
@@ -136,6 +137,7 @@ choose_launcher() {
 }
 
 launch() {
+    check_layers "$TUNE_LAYERS"
     choose_mode
     choose_output
     choose_batch

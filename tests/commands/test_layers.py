@@ -13,3 +13,17 @@ def test_a_config_under_any_name(name: str, tmp_path: Path, capsys: pytest.Captu
     assert "\n1,6\n" in run(capsys, "layers", tmp_path / name, "1,6").out
     (tmp_path / name).write_text("[]")
     assert name in refused(capsys, "layers", tmp_path / name, "1,6")
+
+
+def test_a_model_without_a_region(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 8}')
+    line = refused(capsys, "layers", model)
+    assert "was not trained with --tune_layers" in line and f"'llava-region layers '{model}' sparse:25%'" in line
+    assert "there is no folder" in refused(capsys, "layers", tmp_path / "none")
+    (model / "config.json").write_text('{"num_hidden_layers": 8, "visual_region": {"layers": [1], "num_layers": 8}}')
+    assert run(capsys, "layers", model).code == 0
+    (model / "region.json").write_text('{"layers": [1, 6], "num_layers": 8}')
+    (model / "config.json").unlink()  # the region alone is enough
+    assert "\n1,6\n" in run(capsys, "layers", model).out

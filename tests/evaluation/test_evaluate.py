@@ -26,6 +26,7 @@ from llava_region.models import LoadedModel, load
 from llava_region.tasks import mmlu
 from tests.helpers.command_line import refused
 from tests.helpers.data_roots import save_picture, write_all, write_mmlu
+from tests.helpers.finished_models import without_base
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_a_lora_run_brings_its_region_and_a_limit_is_noted(lora_run, tiny, root,
     assert [(r["n"], r["limit"]) for r in results.values()] == [(2, 2), (2, 2)]
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["region"]["layers"] == [1, 6] and record["base"] == str(tiny.backbone)
-    full = evaluate(lora_run, ["gqa"], root, tmp_path / "out", base=tiny.backbone, device="cpu")
+    full = evaluate(lora_run, ["gqa"], root, tmp_path / "out", device="cpu")  # the base that the run names is the same
     assert full["gqa"]["n"] == 3 and "limit" not in full["gqa"]
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["tasks"]["gqa"]["n"] == 3 and record["tasks"]["bbh"]["limit"] == 2
@@ -287,7 +288,10 @@ def test_wrong_input_is_one_line_and_writes_nothing(llava_checkpoint, lora_run, 
     assert "--data-root is missing" in refused(capsys, "eval", model, "--task", "gqa", "--out", out)
     assert "give a MODEL" in refused(capsys, "eval", "--task", "gqa", *data, "--out", out)
     assert "neither MODEL nor --out" in refused(capsys, "eval", model, "--task", "gqa", *data, "--predictions", "x")
-    assert "--base" in refused(capsys, "eval", str(lora_run), "--task", "gqa", *data, "--out", out)
+    gone = without_base(lora_run, tmp_path / "llava-tiny-lora")
+    assert "with --base: /gone/base is not here" in refused(capsys, "eval", gone, "--task", "gqa", *data, "--out", out)
+    nameless = without_base(lora_run, tmp_path / "nameless-lora", None)
+    assert "was trained on with --base" in refused(capsys, "eval", nameless, "--task", "gqa", *data, "--out", out)
     assert "there is no folder" in refused(capsys, "eval", str(tmp_path / "none"), "--task", "gqa", *data, "--out", out)
     (tmp_path / "root").mkdir()
     message = refused(capsys, "eval", model, "--task", "gqa,mmlu", "--data-root", str(tmp_path / "root"), "--out", out)

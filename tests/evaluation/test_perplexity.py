@@ -16,6 +16,7 @@ from llava_region.evaluation.perplexity import Likelihood, parse_sweep, perplexi
 from llava_region.evaluation.perplexity_plot import rises
 from llava_region.models import load
 from tests.helpers.command_line import refused
+from tests.helpers.finished_models import without_base
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,18 @@ def test_a_lora_run_reverted_at_its_region_loses_what_it_learnt(lora_run, tiny, 
     assert rest["perplexity"] == as_trained["perplexity"]
 
 
+def test_a_lora_run_names_its_base(lora_run, tiny, data, tmp_path):
+    options = {"image_folder": tiny.images, "device": "cpu", "revert": "1;all"}
+    given = sweep(lora_run, [data / "text.json"], base=tiny.backbone, **options)["rows"]
+    assert sweep(lora_run, [data / "text.json"], **options)["rows"] == given
+    adapter_alone = without_base(lora_run, tmp_path / "llava-tiny-lora", tiny.backbone)
+    (adapter_alone / "region.json").unlink()  # a run of the upstream by itself
+    assert sweep(adapter_alone, [data / "text.json"], **options)["rows"] == given
+    # what is given counts, not what is named
+    elsewhere = without_base(lora_run, tmp_path / "moved-lora")
+    assert sweep(elsewhere, [data / "text.json"], base=tiny.backbone, **options)["rows"] == given
+
+
 def test_a_lora_run_on_a_whole_model_takes_two_bases(lora_run, llava_checkpoint, tiny, data):
     options = {"image_folder": tiny.images, "lora_base": llava_checkpoint, "device": "cpu"}
     plain = sweep(lora_run, [data / "text.json"], **options)["rows"]
@@ -134,7 +147,11 @@ def test_wrong_input_is_one_line(llava_checkpoint, lora_run, tiny, data, tmp_pat
     assert "leave it out" in refused(capsys, "perplexity", model, *text, "--base", base)
     assert "leave out --lora-base" in refused(capsys, "perplexity", model, *text, "--lora-base", base)
     assert "takes one base" in refused(capsys, "perplexity", str(lora_run), *text, "--lora-base", base, "--base", base)
-    assert "with --base" in refused(capsys, "perplexity", str(lora_run), *text)
+    gone = without_base(lora_run, tmp_path / "llava-tiny-lora")
+    assert "trained on with --base: /gone/base is not here" in refused(capsys, "perplexity", gone, *text)
+    assert "give it with --base" in refused(capsys, "perplexity", gone, *text, "--revert-sweep", "0")
+    visual_base = without_base(lora_run, tmp_path / "on-llava-lora", llava_checkpoint)  # what it was trained on is no backbone
+    assert "give it with --base" in refused(capsys, "perplexity", visual_base, *text, "--revert-sweep", "0")
     assert "layer 8 in '8'" in refused(capsys, "perplexity", model, *text, "--revert-sweep", "0;8", "--base", base)
     assert "names no set" in refused(capsys, "perplexity", model, *text, "--revert-sweep", ";", "--base", base)
     assert "--image-folder" in refused(capsys, "perplexity", model, *visual)

@@ -1,6 +1,7 @@
 """Finished models for the tests, written with upstream LLaVA's and PEFT's own classes, in the layout upstream's train() leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,4 +72,13 @@ def write_lora_run(tiny, folder: Path, layers, **lora) -> Path:
     torch.save(projector, folder / "non_lora_trainables.bin")
     record = {**region, "base_model": str(tiny.backbone), "upstream": "llava", "mode": "lora"}
     (folder / "region.json").write_text(json.dumps(record))
+    return folder
+
+
+def without_base(run: Path, folder: Path, base: object = "/gone/base") -> Path:
+    """A copy of a LoRA run that names another base, by default one that is not there; None: none at all."""
+    shutil.copytree(run, folder)
+    for name, key in (("region.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
+        data = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**data, key: None if base is None else str(base)}))
     return folder

@@ -11,6 +11,7 @@ import pytest
 
 from llava_region import locks
 from tests.helpers.command_line import refused, run
+from tests.helpers.hostile_files import with_wrong_values
 
 
 def test_command_prints_markdown_and_json(table_2: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +47,7 @@ def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: p
         (["--cost", "bunny-8"], "has no '='"),
         (["--cost", "x=cost.json"], "--cost names 'x'"),
         (["--cost", "bunny-8=/nowhere/cost.json"], "cannot read"),
-        (["--figure", "4", "--out", "OUT", "--table", "2"], "figure 4 needs runs with layers pruned"),
+        (["--figure", "4", "--out", "OUT"], "figure 4 needs runs with layers pruned"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -96,3 +97,46 @@ def test_a_report_in_use_is_refused(
             assert "in use: process " in refused(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert run(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out").code == 0
+
+
+def test_values_of_wrong_kinds_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a field holds, `report` shows a table or says what is wrong; what eval and training write stays readable."""
+    monkeypatch.chdir(tmp_path)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as the command does where it has a process of its own
+    model, results, cost = tmp_path / "model", tmp_path / "run" / "results.json", tmp_path / "model" / "cost.json"
+    for folder in (model, results.parent):
+        folder.mkdir()
+    entry = {"metric": "accuracy", "score": 50.0, "n": 100, "missing": 0, "unreadable_images": 0, "cut_prompts": 1, "limit": None}
+    cut = {"original_layers": [1, 6], "original_num_layers": 8, "dropped": [2]}
+    region = {"layers": [1, 5], "num_layers": 7, "base_model": "m", "pruned": cut, "reverted": {"layers": [0]}, "scores": {"metric": "x"}}
+    whole = {"model": str(model), "base": None, "upstream": "llava", "num_layers": 8, "region": region, "tasks": {"gqa": entry}}
+    paid = {"gpu_hours": 1.5, "samples": 100.0, "gpus": 8, "device": "gpu"}
+    (model / "region.json").write_text(json.dumps(region))
+
+    def refused_in(what: str, data: dict, file: Path) -> int:
+        file.write_text(json.dumps(data))
+        code, out, error = run(capsys, "report", results.parent, "--table", "1", "--table", "4")
+        assert (code == 2 and error.count("\n") == 1 and out == "") or code == 0, f"{what}: {error}"
+        return code
+
+    assert refused_in("as written", whole, results) == 0 and refused_in("as written", paid, cost) == 0
+    codes = [refused_in(f"cost {name}", data, cost) for name, data in with_wrong_values(paid).items()]
+    assert refused_in("as written", paid, cost) == 0
+    codes += [refused_in(f"results {name}", data, results) for name, data in with_wrong_values(whole).items()]
+    for name, data in with_wrong_values(entry).items():
+        codes.append(refused_in(f"entry {name}", {**whole, "tasks": {"gqa": data}}, results))
+    for name, data in with_wrong_values(region).items():
+        codes.append(refused_in(f"region {name}", {**whole, "region": data}, results))
+    for name, data in with_wrong_values(cut).items():
+        codes.append(refused_in(f"pruned {name}", {**whole, "region": {**region, "pruned": data}}, results))
+    assert codes.count(2) > 150 and codes.count(0) > 20
+
+
+def test_a_figure_without_runs_keeps_the_tables(table_2: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    code, text, error = run(capsys, "report", *table_2, "--table", 2, "--figure", 4, "--figure", 2, "--out", out)
+    assert code == 2 and error.startswith("error: figure 4 needs runs with layers pruned") and error.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {"table2.md", "table2.csv", "table2.tex", "figure2.png", "figure2.svg"}
+    assert str(out / "table2.md") in text
+    line = refused(capsys, "report", *table_2, "--figure", 4, "--out", tmp_path / "none")  # nothing is left to write
+    assert "figure 4 needs runs" in line and not (tmp_path / "none").exists()

@@ -258,3 +258,28 @@ def test_deepspeed_accepts_its_config(name):
     zero = json.loads((SCRIPTS / "deepspeed" / f"{name}.json").read_text())["zero_optimization"]
     deepspeed = pytest.importorskip("deepspeed.runtime.zero.config")
     assert deepspeed.DeepSpeedZeroConfig(**zero).stage == (2 if name == "zero2" else 3)
+
+
+@pytest.mark.parametrize("spec", ["sparce:8", "sparse", "sparse:x", "sparse:", "lower_middle:8", "every", "", "top:8;9"])
+def test_a_misspelt_selection_is_refused(spec):
+    if spec:  # an empty setting is the default
+        assert f"TUNE_LAYERS is '{spec}'; allowed: " in refusal("llava_7b", TUNE_LAYERS=spec)
+    assert flags_of(dry_run("llava_7b", TUNE_LAYERS=""))["--tune_layers"] == "sparse:25%"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["sparse:8", "lower:12.5%", " top:8 ", "lower-middle:.5%", "upper-middle:1", "hybrid:50 %", "all", "0", "0,4,8-11", "0, 4",
+     "a b/scores.json:block_influence:8:spread", "s.json:angular_distance:25%"],
+)  # fmt: skip
+def test_every_kind_of_selection_is_taken(spec):
+    assert flags_of(dry_run("llava_7b", TUNE_LAYERS=spec))["--tune_layers"] == spec
+
+
+@pytest.mark.parametrize("script", sorted([*SCRIPTS.glob("train/*_*.sh"), *SCRIPTS.glob("reproduce/*[0-9].sh")]), ids=lambda p: p.stem)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(script, flag):
+    done = run_script(script, "--weight_decay", "0.1", flag)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: SETTING=VALUE ... {script} [FLAGS]\n")
+    wanted = "TUNE_LAYERS=sparse:25%" if script.parent.name == "train" else "RESULTS=results/reproduce"
+    assert wanted in done.stdout and "DRY_RUN=1" in done.stdout and "source" not in done.stdout.split()

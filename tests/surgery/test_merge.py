@@ -469,3 +469,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, run, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "truncated" in done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+
+
+def test_a_vision_tower_is_no_base(tiny, lora_run, llava_checkpoint, tmp_path, capsys):
+    whole = tmp_path / "clip"  # as CLIP is published: with its text model
+    shutil.copytree(tiny.vision_tower, whole)
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(
+        json.dumps({"model_type": "clip", "text_config": {"num_hidden_layers": 12}, "vision_config": config})
+    )
+    for tower in (tiny.vision_tower, whole):
+        for line in (
+            helpers.refused(capsys, "merge", lora_run, "--base", tower, "--out", tmp_path / "out"),
+            helpers.refused(capsys, "revert", llava_checkpoint, "--base", tower, "--layers", "1", "--out", tmp_path / "out"),
+            helpers.refused(capsys, "prune", tower, "--layers", "1", "--out", tmp_path / "out"),
+        ):
+            assert f"{tower} is a vision tower (model_type 'clip" in line and "layer" not in line
