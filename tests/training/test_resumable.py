@@ -68,7 +68,7 @@ def test_only_the_checkpoint_that_is_resumed_from_may_be_asked_for(tmp_path, mon
     for asked in (None, str(last), "run/checkpoint-2", "run/checkpoint-2/"):
         check_asked(asked, last, "run")
     for asked in (str(first), "elsewhere/checkpoint-2", "checkpoint-2", "True", "False", ""):
-        with pytest.raises(LlavaRegionError, match="cannot be followed: .* which is .*checkpoint-2; leave the flag out"):
+        with pytest.raises(LlavaRegionError, match=r"cannot be followed: .* which is .*checkpoint-2; leave the flag out"):
             check_asked(asked, last, "run")
     with pytest.raises(LlavaRegionError, match="and run holds none"):
         check_asked(str(first), None, "run")
