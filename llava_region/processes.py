@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 # Only waiting can run into it: for the process with the longest answers, the slowest disk, or the weights to compare. One
 # that died is noticed by the launcher, which stops the others, so the limit is beyond any run.
 TIMEOUT = timedelta(days=30)
+
+_stores: list[Any] = []
 
 
 def rank() -> int:
@@ -85,7 +87,12 @@ def joined() -> Iterator[None]:
     if distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo", timeout=TIMEOUT)
+    # Names of its own in the store: whoever joins the processes afterwards, such as a trainer, would find those of this group there.
+    # The store is kept, as the process that serves it could not open its port again at once.
+    store, number, size = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    _stores.append(store)
+    store = distributed.PrefixStore(f"llava_region/{len(_stores)}", store)
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=TIMEOUT)
     try:
         yield
     finally:

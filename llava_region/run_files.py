@@ -12,6 +12,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 
 # -- a training run, and its `checkpoint-N`
 REGION_FILE = "region.json"  # written last: its presence says that a folder is whole
+RUN_FILE = "run.json"  # what decides the result of the run: its flags, data, model
 COST_FILE = "cost.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

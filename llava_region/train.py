@@ -19,6 +19,7 @@ from llava_region.errors import LlavaRegionError, Program, guarded
 
 if TYPE_CHECKING:
     from llava_region.training.preflight import Preflight
+    from llava_region.training.together import Start
     from llava_region.upstreams import Upstream
 
 LOOK = {"--help", "-h", "--dry_run", "--dry-run"}  # nothing is trained
@@ -170,14 +171,15 @@ def train_region(request: Request) -> None:
     Raises:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
-    from llava_region.training import dry_run, preflight
+    from llava_region.training import dry_run, preflight, together
 
     upstream = _upstream_of(request)
     upstream.train_module()
     sys.argv = [sys.argv[0], *request.flags]
     if "--tune_layers" not in request.own:
         raise LlavaRegionError(f"{request.own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
-    checked = preflight.check(upstream, request.flags)
+    with processes.joined():
+        checked = together.on_all(lambda: preflight.check(upstream, request.flags))
     if checked.args.dry_run:
         if processes.is_first():
             dry_run.show(checked, dry_run.estimate(upstream, checked))
@@ -185,13 +187,14 @@ def train_region(request: Request) -> None:
     upstream.check_script(request.script)
     for name, text in checked.remarks:
         print(f"{name}: {text}", flush=True)
-    checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
     if checked.args.region_memory:
         dry_run.check_region_memory(upstream, checked)
-    launch(upstream, request.script, checked)
+    with together.started(upstream, checked) as start:
+        checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
+        launch(upstream, request.script, checked, start)
 
 
-def launch(upstream: Upstream, script: str, checked: Preflight) -> None:
+def launch(upstream: Upstream, script: str, checked: Preflight, start: Start) -> None:
     """Run the upstream's train() under the hooks.
 
     Raises:
@@ -208,7 +211,7 @@ def launch(upstream: Upstream, script: str, checked: Preflight) -> None:
     # upstream seeds only when the trainer is built, after LoRA and projector were drawn: two runs would never be alike
     transformers.set_seed(args.seed)
     run = upstream.entry(script)
-    options = {"upstream_version": upstream.version(), "base_model": checked.recipe.model}
+    options = {"upstream_version": upstream.version(), "base_model": checked.recipe.model, "start": start}
     with upstream.applied(checked.region, fix_generation_config=args.fix_generation_config, **options):
         run()
 

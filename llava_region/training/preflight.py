@@ -21,7 +21,6 @@ from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.arguments import did_you_mean
 from llava_region.training.recompute_plan import check_flags
-from llava_region.training.resumable import check_asked, check_resumable
 from llava_region.training.sampled_records import check_records
 from llava_region.training.trainer_flags import check_trainer_flags
 
@@ -70,8 +69,6 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     upstream.check_files(args, config)
     check_generation_config(args, recipe)
     check_output(args.output_dir)
-    checkpoint = check_resumable(args.output_dir, region, recipe.lora is not None, bool(args.deepspeed))
-    check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
     first = processes.is_first()
     records = check_data(recipe.data, recipe.images, args.check_images) if first else None
     sample = check_records(upstream, args, recipe, config, records) if records else None

@@ -103,7 +103,7 @@ def check_asked(asked: str | None, last: Path | None, output_dir: str | Path) ->
     Raises:
         LlavaRegionError: says from what the run would resume.
     """
-    if asked is None or (last is not None and Path(asked).resolve() == last.resolve()):
+    if asked is None or (last is not None and (asked == "True" or Path(asked).resolve() == last.resolve())):
         return
     found = f"which is {last}" if last else f"and {output_dir} holds none"
     raise LlavaRegionError(

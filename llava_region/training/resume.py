@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_region.errors import LlavaRegionError
-from llava_region.run_files import EPOCH_RNG_FILE, NON_LORA_FILE
+from llava_region.run_files import EPOCH_RNG_FILE, NON_LORA_FILE, TRAINER_STATE_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +32,20 @@ class NoStepTooMany(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if 0 < state.max_steps <= state.global_step:
             raise AllStepsDone
+
+
+class BeginsAt(TrainerCallback):
+    """Sees that a run which resumes from `checkpoint-N` has done N steps then, and not none: it would train on at the first rate."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if f"checkpoint-{state.global_step}" != self.folder.name:
+            raise LlavaRegionError(
+                f"the run resumes from {self.folder}, but would go on after step {state.global_step}; its {TRAINER_STATE_FILE} is of "
+                "another checkpoint, or something else replaced the folder meanwhile: give another --output_dir"
+            )
 
 
 class EpochOrder(TrainerCallback):

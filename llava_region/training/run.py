@@ -12,11 +12,12 @@ from llava_region.decoder import Part, find_decoder_layers, layer_index, linear_
 from llava_region.errors import LlavaRegionError
 from llava_region.files import write_json
 from llava_region.region import Region
-from llava_region.run_files import REGION_FILE
+from llava_region.run_files import REGION_FILE, RUN_FILE
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from llava_region.training.together import Start
     from llava_region.upstreams import Upstream
 
 
@@ -28,6 +29,7 @@ class RegionRun:
         upstream: whose trainer runs.
         upstream_version: recorded in `region.json`.
         base_model: the model that training starts from, recorded in `region.json`.
+        start: how the run starts, where its ranks have agreed on that; None: as the upstream decides.
         fix_generation_config: fix an invalid generation config in memory instead of failing at the last save.
     """
 
@@ -38,6 +40,7 @@ class RegionRun:
         upstream: Upstream,
         upstream_version: str = "",
         base_model: str = "",
+        start: Start | None = None,
         fix_generation_config: bool = False,
     ):
         self.region = tune_layers if isinstance(tune_layers, Region) else None
@@ -45,6 +48,7 @@ class RegionRun:
         self.upstream = upstream
         self.upstream_version = upstream_version
         self.base_model = base_model
+        self.start = start
         self.fix_generation_config = fix_generation_config
         self.mode: str | None = None
         self.lora_modules: list[str] = []
@@ -115,7 +119,9 @@ class RegionRun:
         }
 
     def write_record(self, folder: str | Path) -> None:
-        """Write `region.json` into a folder."""
+        """Write `run.json`, where it is known, and then `region.json` into a folder."""
+        if self.start is not None:
+            write_json(Path(folder) / RUN_FILE, self.start.fingerprint.to_dict())
         write_json(Path(folder) / REGION_FILE, self.record())
 
     def saving_without_cuda(self, save: Callable[..., None]) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from llava_region.training.recompute import out_of_memory_hint
 from llava_region.training.resumable import check_asked, check_resumable, drop_incomplete
 from llava_region.training.resume import (
     AllStepsDone,
+    BeginsAt,
     EpochOrder,
     NoStepTooMany,
     load_non_lora,
@@ -58,8 +59,9 @@ class RegionTrainerMixin(Trainer):
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         self.run.prepare_model(model, args)
         region = self.run.resolve(model)
-        checkpoint = check_resumable(args.output_dir, region, self.run.mode != "full", bool(args.deepspeed))
-        check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
+        if self.run.start is None:
+            checkpoint = check_resumable(args.output_dir, region, self.run.mode != "full", bool(args.deepspeed))
+            check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
         super().__init__(model=model, args=args, **kwargs)
         self.run.trainer = self
         self.first_step = FirstStep(self, region)
@@ -127,7 +129,9 @@ class RegionTrainerMixin(Trainer):
         self._rotation = {"use_mtime": use_mtime, "output_dir": output_dir}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        if resume_from_checkpoint is True:
+        if self.run.start is not None:  # the ranks have agreed; upstream lets each look for itself
+            resume_from_checkpoint = str(self.run.start.checkpoint) if self.run.start.checkpoint else None
+        elif resume_from_checkpoint is True:
             # None where upstream's glob found only the likes of `checkpoint-best`
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -145,6 +149,7 @@ class RegionTrainerMixin(Trainer):
             print(f"resuming from {folder}", flush=True)
         for name in missing_random_states(folder, self.args.process_index, self.args.world_size):
             print(f"{folder} lacks {name}: what is drawn from it (the order of samples, dropout) is drawn anew", flush=True)
+        self.add_callback(BeginsAt(folder))
         self.meter.resume(folder)
         self.epoch_order.resume(folder)
         if self.is_deepspeed_enabled and self.run.mode != "full":

@@ -67,7 +67,7 @@ def test_only_the_checkpoint_that_is_resumed_from_may_be_asked_for(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for asked in (None, str(last), "run/checkpoint-2", "run/checkpoint-2/"):
         check_asked(asked, last, "run")
-    for asked in (str(first), "elsewhere/checkpoint-2", "checkpoint-2", "True", "False", ""):
+    for asked in (str(first), "elsewhere/checkpoint-2", "checkpoint-2", "true", "False", ""):
         with pytest.raises(LlavaRegionError, match=r"cannot be followed: .* which is .*checkpoint-2; leave the flag out"):
             check_asked(asked, last, "run")
     with pytest.raises(LlavaRegionError, match="and run holds none"):

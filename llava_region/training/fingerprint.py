@@ -1,0 +1,247 @@
+"""What decides the result of a run, as `run.json` in every checkpoint holds it: a run goes on as the same run, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_region import __version__, processes
+from llava_region.checkpoints.identity import weights_digest
+from llava_region.data.records import training_images
+from llava_region.errors import LlavaRegionError
+from llava_region.files import parse_json, read_json
+from llava_region.run_files import CONFIG_FILE, RUN_FILE
+
+if TYPE_CHECKING:
+    from llava_region.training.preflight import Preflight
+    from llava_region.upstreams import Recipe, Upstream
+
+# Flags that do not decide what is trained: what is logged and saved and where, how much memory it takes, how data is read.
+FREE = frozenset({
+    "output_dir", "overwrite_output_dir", "run_name", "report_to", "disable_tqdm", "local_rank", "debug", "cache_dir",
+    "resume_from_checkpoint", "lazy_preprocess", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "skip_memory_metrics", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_cpu",
+    "no_cuda", "use_mps_device", "do_train", "do_eval", "do_predict", "past_index", "prediction_loss_only", "load_best_model_at_end",
+    "per_device_eval_batch_size", "per_gpu_eval_batch_size", "metric_for_best_model", "greater_is_better", "fix_generation_config",
+    "full_determinism", "tune_layers", "mp_parameters",
+})  # fmt: skip
+FREE_BEGINNINGS = (
+    "log", "save_", "hub_", "push_to_hub", "eval", "ddp_", "dry_run", "check_", "region_", "include_", "torch_compile", "jit_",
+)  # fmt: skip
+# Compared by more than their values.
+STEPS = ("max_steps", "num_train_epochs")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+PATHS = ("model", "data", "images", "tower", "projector")  # of a `Recipe`: compared by what they lead to
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What decides the result of a run.
+
+    Attributes:
+        upstream: whose trainer runs.
+        flags: those that decide, with their values; `tune_layers` is in `region.json`.
+        contents: flag -> digest of what the path behind it holds. Where it lies does not matter.
+        steps: `max_steps` and `num_train_epochs`, which may rise.
+        batch: samples per device and step, accumulation, devices; deepspeed: whether optimizer states are its own.
+        versions: of the packages that train.
+    """
+
+    upstream: str
+    flags: dict[str, Any]
+    contents: dict[str, str]
+    steps: dict[str, float]
+    batch: dict[str, int]
+    deepspeed: bool
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, upstream: Upstream, checked: Preflight) -> Fingerprint:
+        """Of the run that a command line asks for. Reads the data once, and samples of the model.
+
+        Raises:
+            LlavaRegionError: one of its files cannot be read.
+        """
+        args, recipe = checked.args, checked.recipe
+        paths = path_flags(recipe)
+        flags = {name: _plain(value) for name, value in vars(args).items() if _decides(name) and name not in paths}
+        return cls(
+            upstream=upstream.name,
+            flags=flags,
+            contents=dict(_contents(recipe, args, checked.records)),
+            steps={name: float(getattr(args, name)) for name in STEPS},
+            batch={**{name: int(getattr(args, name)) for name in BATCH}, "devices": _devices(args)},
+            deepspeed=bool(args.deepspeed),
+            versions={**dict(_versions()), "llava_region": __version__, upstream.name: upstream.version()},
+        )
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Fingerprint | None:
+        """That of the run which wrote a checkpoint; None where that was an earlier version of this package.
+
+        Raises:
+            LlavaRegionError: it is damaged.
+        """
+        path = checkpoint / RUN_FILE
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        try:
+            return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError) as e:
+            raise LlavaRegionError(f"{path} is damaged ({e}); resume from the checkpoint before, or give another --output_dir") from e
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return asdict(self)
+
+    @property
+    def samples_per_step(self) -> int:
+        """In one step of the optimizer."""
+        per_device, accumulation = (self.batch[name] for name in BATCH)
+        return per_device * accumulation * self.batch["devices"]
+
+
+def differences(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
+    """What two runs that should be the same differ in, `flag: was A, is B`."""
+    if before.upstream != now.upstream:
+        yield f"upstream: was {before.upstream}, is {now.upstream}"
+    for name in sorted(before.flags.keys() & now.flags.keys()):
+        if before.flags[name] != now.flags[name]:
+            yield f"--{name}: was {before.flags[name]}, is {now.flags[name]}"
+    for name in sorted(before.contents.keys() | now.contents.keys()):
+        was, given = before.contents.get(name), now.contents.get(name)
+        if was != given:
+            yield f"{name}: {'was not given' if was is None else 'is not given' if given is None else 'has another content than then'}"
+    if before.samples_per_step != now.samples_per_step:
+        yield f"samples per step: was {_split(before)}, is {_split(now)}"
+    elif before.batch["devices"] != now.batch["devices"] and (before.deepspeed or now.deepspeed):
+        yield f"GPUs under DeepSpeed, which has an optimizer state for each: was {before.batch['devices']}, is {now.batch['devices']}"
+    if before.deepspeed != now.deepspeed:
+        yield f"DeepSpeed: was {'on' if before.deepspeed else 'off'}, is {'on' if now.deepspeed else 'off'}"
+    for name in STEPS:
+        if now.steps[name] < before.steps[name]:
+            yield f"--{name}: was {before.steps[name]:g}, is {now.steps[name]:g}, and may only rise"
+
+
+def remarks(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
+    """What differs and may, but should be known."""
+    for name in STEPS:
+        if now.steps[name] > before.steps[name]:
+            yield f"--{name} was {before.steps[name]:g}, is {now.steps[name]:g}: from here on the learning rate follows the longer schedule"
+    if before.samples_per_step == now.samples_per_step and before.batch != now.batch:
+        yield f"a step's {now.samples_per_step} samples were {_split(before)}, are {_split(now)}: their order is not the same"
+    changed = [
+        f"{name} {before.versions.get(name, 'none')} -> {now.versions.get(name, 'none')}"
+        for name in sorted(before.versions.keys() | now.versions.keys())
+        if before.versions.get(name) != now.versions.get(name)
+    ]
+    if changed:
+        yield f"versions changed since the checkpoint: {', '.join(changed)}"
+
+
+def check_same_run(checkpoint: Path, now: Fingerprint) -> list[str]:
+    """Refuse to go on from a checkpoint of another run.
+
+    Returns:
+        lines to print: what differs and may.
+
+    Raises:
+        LlavaRegionError: names what differs, with both values.
+    """
+    before = Fingerprint.read(checkpoint)
+    if before is None:
+        return [f"{checkpoint} holds no {RUN_FILE}, so it is not known whether it was trained with the same flags and data"]
+    found = list(differences(before, now))
+    if found:
+        raise LlavaRegionError(
+            f"{checkpoint} is of another run: {'; '.join(found)}; give the same as then, or another --output_dir to start afresh"
+        )
+    return list(remarks(before, now))
+
+
+def path_flags(recipe: Recipe) -> set[str]:
+    """Names of the flags that are compared by what they lead to."""
+    return {recipe.flags[kind].lstrip("-") for kind in PATHS if kind in recipe.flags} | {"deepspeed"}
+
+
+def _decides(name: str) -> bool:
+    return name not in (*FREE, *STEPS, *BATCH) and not name.startswith((*FREE_BEGINNINGS, "_"))
+
+
+def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | None) -> Iterator[tuple[str, str]]:
+    for kind, read in (("data", _file), ("projector", _file), ("model", _model), ("tower", _model)):
+        path = getattr(recipe, kind)
+        # the first process of a node reads the data for all of it
+        if path and (kind != "data" or processes.is_first_on_node()):
+            yield recipe.flags[kind], read(str(path), recipe.cache_dir)
+    if records and recipe.images:
+        yield recipe.flags["images"], _images(Path(recipe.images), records)
+    if args.deepspeed:
+        settings = parse_json(Path(args.deepspeed).read_bytes(), args.deepspeed)
+        yield "--deepspeed", hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _file(path: str, cache_dir: str | None) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _model(name: str, cache_dir: str | None) -> str:
+    """A digest of a model's config and of samples of its weights; of a hub name the name and the revision that is in the cache."""
+    from transformers.utils import cached_file
+
+    if Path(name).is_file():  # EVA-CLIP's weights are one file
+        return f"{Path(name).stat().st_size} bytes"
+    if Path(name).is_dir():
+        return weights_digest(name)
+    path = cached_file(name, CONFIG_FILE, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    return f"{name} {Path(path).parent.name if path else ''}".strip()
+
+
+def _images(folder: Path, records: list[dict[str, Any]], count: int = 256) -> str:
+    """A digest of the sizes of some images, spread over the data."""
+    names = training_images(records)
+    digest = hashlib.sha256(f"{len(names)}".encode())
+    for name in names[:: max(1, len(names) // count)]:
+        path = folder / name
+        digest.update(f"{name} {path.stat().st_size if path.is_file() else 'missing'}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _devices(args: Namespace) -> int:
+    """GPUs that a batch is for: one per process, or under nn.DataParallel all that one process sees."""
+    import torch
+
+    if processes.world_size() > 1 or getattr(args, "use_cpu", False) or getattr(args, "no_cuda", False):
+        return processes.world_size()
+    return max(1, torch.cuda.device_count())
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _plain(value: Any) -> Any:
+    """A flag's value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=lambda other: other.value if isinstance(other, Enum) else str(other)))
+
+
+def _split(run: Fingerprint) -> str:
+    per_device, accumulation = (run.batch[name] for name in BATCH)
+    return f"{run.samples_per_step} ({per_device} per device x {accumulation} accumulated x {run.batch['devices']} devices)"
