@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -18,10 +19,16 @@ class Advance(Protocol):
     def __call__(self, steps: float = 1) -> None: ...
 
 
+def console(stderr: bool = False, highlight: bool = True, soft_wrap: bool = False) -> Console:
+    """Where tables and bars are drawn; without colours and bold letters under NO_COLOR, of which rich keeps the latter."""
+    colours = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=stderr, highlight=highlight, soft_wrap=soft_wrap, color_system=colours)
+
+
 @contextmanager
 def progress_bar(description: str, total: float | None, enabled: bool = True) -> Iterator[Advance]:
     """A bar that the caller advances: yields `advance(steps=1)`. Drawn on a terminal only."""
-    console = Console(stderr=True)
+    screen = console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,7 +37,7 @@ def progress_bar(description: str, total: float | None, enabled: bool = True) ->
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not enabled or not console.is_terminal) as progress:
+    with Progress(*columns, console=screen, disable=not enabled or not screen.is_terminal) as progress:
         task = progress.add_task(description, total=total)
         yield lambda steps=1: progress.advance(task, steps)
 

@@ -25,6 +25,8 @@ ALLOWED = (
     "'top:8', 'hybrid:8', or 'scores.json:METRIC:8[:spread]'"
 )
 
+MOST_LAYERS = 100_000  # far beyond any model; a damaged file may say anything
+
 
 @dataclass(frozen=True)
 class Region:
@@ -43,6 +45,8 @@ class Region:
     scores: dict | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_layers, int) and self.num_layers > MOST_LAYERS:
+            raise LlavaRegionError(f"a model has 1 to {MOST_LAYERS} decoder layers, got {self.num_layers!r:.40}")
         if not self.layers:
             raise LlavaRegionError(f"the region '{self.spec}' holds no layer; allowed: at least one of 0 to {self.num_layers - 1}")
         if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0 or self.layers[-1] >= self.num_layers:
@@ -64,8 +68,8 @@ class Region:
         Raises:
             LlavaRegionError: the spec is malformed or does not fit; names the offending part and the valid range.
         """
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise LlavaRegionError(f"a model needs at least one decoder layer, got {num_layers!r}")
+        if not isinstance(num_layers, int) or not 1 <= num_layers <= MOST_LAYERS:
+            raise LlavaRegionError(f"a model has 1 to {MOST_LAYERS} decoder layers, got {num_layers!r:.40}")
         text = spec.strip()
         if not text:
             raise LlavaRegionError(f"the layer spec is empty; allowed: {ALLOWED}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -20,7 +21,8 @@ import torch
 from llava_region import LlavaRegionError, train
 from llava_region.errors import Program, guarded
 from tests.helpers.command_line import Ran, run
-from tests.helpers.training_runs import environment
+from tests.helpers.training_runs import LORA, environment, llava_flags, torchrun
+from tests.helpers.training_runs import train as training
 
 PROGRAM = Program("tool", ["model", "--hub_token", "hf_abc", "--api-key=xyz", "--out", "a b"])
 
@@ -181,6 +183,23 @@ def test_ranks_end_together(tmp_path):
     assert "error: rank 1: KeyError: 'lost' (unforeseen; " in done.stderr
     (log,) = [log for log in logs(tmp_path) if "-rank1-" in log.name]
     assert "KeyError: 'lost'" in log.read_text() and "rank 1 of 2" in log.read_text()
+
+
+def test_what_a_real_training_ends_with(tiny, tmp_path):
+    """LLaVA's own traceback is in one file per rank, in the run's folder, and no rank is left waiting."""
+    pytest.importorskip("llava.train.train")
+    records = [{**record, "image": "gone.png"} for record in json.loads(tiny.data.read_text())[:8]]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    (tmp_path / "images").mkdir()
+    out = tmp_path / "out-lora"
+    flags = llava_flags(tiny, out, **LORA, data_path=tmp_path / "data.json", image_folder=tmp_path / "images")
+    done = training([*flags, "--tune_layers", "1,6", "--check_images", "none"], launcher=torchrun(2, 29732))
+    assert done.returncode != 0 and "exitcode  : 70" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines and all("FileNotFoundError" in line and str(out) in line for line in lines)
+    assert all(f"rank {rank}: " in " ".join(lines) for rank in range(len(lines)))
+    found = logs(out)
+    assert len(found) == len(lines) and all("llava/train/train.py" in log.read_text() and "gone.png" in log.read_text() for log in found)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["eval", "--list"], ["recipes", "--help"]], ids=" ".join)

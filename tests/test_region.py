@@ -111,3 +111,13 @@ def test_region_of_a_folder(tmp_path):
     assert Region.load(tmp_path).layers == (1, 6)
     (tmp_path / "region.json").write_text(json.dumps({**region, "layers": [2]}))
     assert Region.load(tmp_path).layers == (2,), "region.json comes first"
+
+
+@pytest.mark.parametrize("spec", ["all", "sparse:2", "sparse:25%", "0,4", "upper-middle:1"])
+def test_a_model_of_more_layers_than_there_can_be(spec):
+    """A damaged file may say anything: no list of 10**30 layers is begun."""
+    with pytest.raises(LlavaRegionError, match="a model has 1 to 100000 decoder layers, got 1000"):
+        Region.parse(spec, 10**30)
+    with pytest.raises(LlavaRegionError, match="decoder layers"):
+        Region.from_dict({"layers": [1], "num_layers": 10**30})
+    assert len(Region.parse("all", 1000)) == 1000

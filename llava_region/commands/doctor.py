@@ -32,27 +32,40 @@ def command(as_json: bool = typer.Option(False, "--json", help='Print {"works", 
 
 
 def _show(facts: Facts, findings: list[Finding]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from llava_region import upstreams
     from llava_region.doctor import rules, versions
+    from llava_region.progress import console
 
-    table = Table("Component", "Installed", *(f"With {upstream.title}" for upstream in upstreams.every()), "State")
-    for *cells, state in rows(facts, findings):
-        table.add_row(*map(escape, cells), f"[{COLOURS.get(state, 'dim')}]{state}[/]")
-    console = Console(soft_wrap=True)
-    console.print(table, soft_wrap=False)
+    screen = console(soft_wrap=True)
+    titles, found = [upstream.title for upstream in upstreams.every()], rows(facts, findings)
+    if _width(titles, found) <= screen.width:
+        table = Table("Component", "Installed", *(f"With {title}" for title in titles), "State")
+        for *cells, state in found:
+            table.add_row(*map(escape, cells), f"[{COLOURS.get(state, 'dim')}]{state}[/]")
+        screen.print(table, soft_wrap=False)
+    else:  # cells would be cut
+        for component, installed, *ranges, state in found:
+            supported = "; ".join(f"{title} {one}" for title, one in zip(titles, ranges, strict=True) if one)
+            line = f"{component} {installed} ({supported}): "
+            screen.print(f"{escape(line)}[{COLOURS.get(state, 'dim')}]{state}[/]", highlight=False)
     for finding in findings:
-        console.print(f"[{COLOURS[finding.level]}]{finding.level}[/] {finding.component}: {escape(finding.text)}", highlight=False)
+        screen.print(f"[{COLOURS[finding.level]}]{finding.level}[/] {finding.component}: {escape(finding.text)}", highlight=False)
         if finding.mend:
-            console.print(f"    {escape(finding.mend)}", highlight=False)
+            screen.print(f"    {escape(finding.mend)}", highlight=False)
     able = rules.trains(facts, findings)
     for upstream in upstreams.every():
         installed = "training cannot work" if facts.has(upstream.name) else "not installed"
         text = "training can work" if able[upstream.name] else installed
-        console.print(f"{upstream.title}: {text}; tested: {versions.tested(upstream.name)}", highlight=False)
+        screen.print(f"{upstream.title}: {text}; tested: {versions.tested(upstream.name)}", highlight=False)
+
+
+def _width(titles: list[str], found: list[tuple[str, ...]]) -> int:
+    """Columns that the table takes with nothing cut."""
+    heads = ("Component", "Installed", *(f"With {title}" for title in titles), "State")
+    return 1 + sum(3 + max(map(len, column)) for column in zip(heads, *found, strict=True))
 
 
 def rows(facts: Facts, findings: list[Finding]) -> list[tuple[str, ...]]:

@@ -40,7 +40,7 @@ class PaperFigure:
         series: the runs of one family -> what is shown of them.
         draw: the families that one file shows -> the figure.
         one_file: whether all families are in one file; else each has its own.
-        paper_series: the paper's own numbers, where its text gives them.
+        paper_series: family -> the paper's own numbers of that model, where its text gives them.
     """
 
     number: int
@@ -48,7 +48,7 @@ class PaperFigure:
     series: Callable[[list[Run]], list[Series]]
     draw: Callable[[Families], Figure]
     one_file: bool = False
-    paper_series: Callable[[], list[Series]] | None = None
+    paper_series: Callable[[str], list[Series]] | None = None
 
 
 def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) -> tuple[Families, list[str]]:
@@ -56,7 +56,7 @@ def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) ->
 
     Args:
         kind: one of `FIGURES`, whose `series` says what a series holds.
-        with_paper: append the paper's own series to each family's.
+        with_paper: append the paper's own series of a family's model to those of the family.
 
     Raises:
         LlavaRegionError: no run has what the figure shows.
@@ -75,7 +75,11 @@ def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) ->
     if with_paper and kind.paper_series is None:
         remarks.append("the paper's text gives no numbers for it")
     elif with_paper and kind.paper_series is not None:
-        data = {family: found + kind.paper_series() for family, found in data.items()}
+        for family, found in data.items():
+            theirs = kind.paper_series(family)
+            if not theirs:
+                remarks.append(f"the paper has no numbers of {family}")
+            data[family] = found + theirs
     return data, remarks
 
 
@@ -143,7 +147,7 @@ def _plot_layers(panel: Axes, lines: list[Series], ticks: list[int], every: list
     scales = sorted({line["data_percent"] for line in every}, reverse=True)
     for line in lines:
         colour = GREY if line["paper"] else COLOURS[scales.index(line["data_percent"]) % len(COLOURS)]
-        label = "the paper's Bunny-Llama-3-8B-V, 100 % (Table 2)" if line["paper"] else f"{line['data_percent']:g} % of the data"
+        label = f"the paper's {line['of']}, 100 % of the data" if line["paper"] else f"{line['data_percent']:g} % of the data"
         style: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "white"} if line["paper"] else {}
         places = [ticks.index(n) for n in line["layers"]]
         panel.plot(places, line["scores"], marker="o", markersize=4, linewidth=1.5, color=colour, label=label, **style)

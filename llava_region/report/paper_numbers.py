@@ -58,6 +58,13 @@ TABLE_3 = (
     Row(LLAVA_13B, "10 layers", (65.17, 23.56, 48.27, 83.57, 66.58, 62.01, 70.75, 59.13), 59.88, 97.73),
     Row(LLAVA_13B, "9 layers", (66.47, 23.65, 49.29, 83.74, 65.61, 62.31, 72.14, 59.71), 60.37, 98.53),
 )
+
+# Scores over the number of layers tuned, for Figure 2: which backbones (a pattern for the whole name) -> name, table, rows.
+OVER_LAYERS = (
+    (r"(meta-|bunny-)?llama-3-8b(-instruct|-v)?", BUNNY, 2, TABLE_2),
+    (r"vicuna-7b(-v1\.5)?|llava-v?1\.5-7b", LLAVA_7B, 3, tuple(row for row in TABLE_3 if row.section == LLAVA_7B)),
+    (r"vicuna-13b(-v1\.5)?|llava-v?1\.5-13b", LLAVA_13B, 3, tuple(row for row in TABLE_3 if row.section == LLAVA_13B)),
+)
 TABLE_4 = (
     Row(BUNNY, "Fully-trained (32 layers)", (60.27, 30.93)),
     Row(BUNNY, "Partial-trained (8 layers)", (63.36, 31.50)),

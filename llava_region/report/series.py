@@ -6,6 +6,8 @@ runs have nothing to show.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -57,13 +59,18 @@ def scores_over_layers(runs: list[Run]) -> list[Series]:
     return out
 
 
-def paper_scores_over_layers() -> list[Series]:
-    """Figure 2's line for all the data, whose numbers Table 2 gives; those of 25 and 10 % are not in the paper's text."""
+def paper_scores_over_layers(family: str) -> list[Series]:
+    """Figure 2's line for all the data, of the paper's model that a family is of: Tables 2 and 3 give the numbers.
+
+    As `scores_over_layers`, with `"paper": True` and `"of"`, the paper's name for the model and its table. Empty for a family that
+    the paper does not have. The numbers of 25 and 10 % of the data are not in its text.
+    """
     out = []
-    for task in TASKS_OVER_LAYERS:
-        pairs = sorted((int(row.label.split()[0]), row.scores[tasks.VISUAL.index(task)]) for row in paper.TABLE_2)
-        line = {"task": task, "data_percent": 100.0, "layers": [n for n, _ in pairs], "scores": [score for _, score in pairs]}
-        out.append({**line, "full": pairs[-1][1], "paper": True})
+    for task, (pattern, name, table, rows) in itertools.product(TASKS_OVER_LAYERS, paper.OVER_LAYERS):
+        if re.fullmatch(pattern, family, re.IGNORECASE):
+            pairs = sorted((int(row.label.split()[0]), row.scores[tasks.VISUAL.index(task)]) for row in rows)
+            line = {"task": task, "data_percent": 100.0, "layers": [n for n, _ in pairs], "scores": [score for _, score in pairs]}
+            out.append({**line, "full": pairs[-1][1], "paper": True, "of": f"{name} (Table {table})"})
     return out
 
 

@@ -10,6 +10,10 @@ import numpy as np
 from llava_region import plotting
 from llava_region.plotting import COLOURS, GREY
 
+# Scores above zero whose highest is below so many times the lowest are points on an axis of their own: bars begin at zero, where
+# such scores look all alike.
+FLAT = 1.5
+
 
 def draw(scores: dict[str, Any], folder: Path, top: dict[str, list[int]]) -> list[Path]:
     """Draw every metric and, if there are instances, the heat map; returns the PNG files, `METRIC.png` and `image_attention_instances.png`.
@@ -31,7 +35,12 @@ def draw(scores: dict[str, Any], folder: Path, top: dict[str, list[int]]) -> lis
 def _draw_ranking(name: str, values: list[float], top: list[int], path: Path) -> Path:
     title = f"top {len(top)}: {', '.join(map(str, top))}"
     figure, (panel,) = plotting.new_figure(max(5, 0.25 * len(values) + 1.5), 3, [title])
-    panel.bar(range(len(values)), values, color=[COLOURS[1] if layer in top else GREY for layer in range(len(values))])
+    colours = [COLOURS[1] if layer in top else GREY for layer in range(len(values))]
+    if 0 < max(values) < FLAT * min(values):
+        panel.vlines(range(len(values)), min(values), values, color=colours, linewidth=1)
+        panel.scatter(range(len(values)), values, color=colours, s=20)
+    else:
+        panel.bar(range(len(values)), values, color=colours)
     panel.set(xlabel="decoder layer", ylabel=name.replace("_", " "))
     panel.locator_params(axis="x", integer=True)
     plotting.save(figure, path)
@@ -54,6 +63,6 @@ def _draw_instances(scores: dict[str, Any], path: Path) -> Path:
         panel.axhline(end - 0.5, color="white", linewidth=1)
     middles = ends - np.asarray([len(block["scores"]) for block in blocks]) / 2 - 0.5
     panel.set_yticks(middles, [block["data"] for block in blocks])
-    panel.set(xlabel="decoder layer")
+    panel.set(xlabel="decoder layer", ylabel=f"{len(rows)} instances, by data file")
     plotting.save(figure, path)
     return path

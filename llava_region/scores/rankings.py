@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
+from llava_region.progress import console
 from llava_region.region import Region
 from llava_region.scores.figures import draw
 
@@ -39,22 +41,29 @@ def show(result: dict, out: Path, top: int | None, spread: bool, plot: Path | No
     layers = {name: list(Region.parse(spec, result["num_layers"]).layers) for name, spec in specs.items()}
     figures = draw(result, plot, layers) if plot else []
     if not quiet:
-        console = Console(highlight=False)
-        console.print(_rankings(result, layers, count, spread))
+        screen = console(highlight=False)
+        _print(screen, _rankings(result, layers, count, spread))
         if len(result["metrics"]) > 1:
-            console.print(_correlations(result["correlation"]))
-        console.print(f"{out}: train by it with --tune_layers {shlex.quote(next(iter(specs.values())))}", soft_wrap=True)
+            _print(screen, _correlations(result["correlation"]))
+        screen.print(f"{out}: train by it with --tune_layers {shlex.quote(next(iter(specs.values())))}", soft_wrap=True)
         for path in figures:
-            console.print(str(path), soft_wrap=True)
+            screen.print(str(path), soft_wrap=True)
     kept = {name: value for name, value in result.items() if name != "instances"}
     return {"out": str(out), "top": layers, "figures": [str(path) for path in figures], **kept}
 
 
+def _print(screen: Console, table: Table) -> None:
+    """Print a table, wider than the terminal where something would be cut otherwise."""
+    least = Measurement.get(screen, screen.options.update(max_width=1000), table).minimum
+    screen.width = max(screen.width, least)
+    screen.print(table)
+
+
 def _rankings(result: dict, layers: dict[str, list[int]], count: int, spread: bool) -> Table:
     table = Table(box=SIMPLE)
-    table.add_column("metric", no_wrap=True)
-    for title in ("samples", f"top {count}" + (", one a block" if spread else ""), "layers from high to low"):
-        table.add_column(title)
+    for title in ("metric", "samples", f"top {count}" + (", one a block" if spread else "")):
+        table.add_column(title, no_wrap=True)
+    table.add_column("layers from high to low")
     for name, metric in result["metrics"].items():
         ranked = sorted(range(result["num_layers"]), key=lambda layer: (-metric["scores"][layer], layer))
         samples = "" if metric["samples"] is None else str(metric["samples"])

@@ -200,6 +200,8 @@ def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) 
     zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(zero, dict):
         raise LlavaRegionError(f"{path} is not a DeepSpeed config (a JSON object, as its 'zero_optimization' is); see scripts/deepspeed/")
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise LlavaRegionError(f"the 'stage' in {path} is {zero['stage']!r:.40}; allowed: 0, 1, 2 or 3")
     ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
     if ignoring and recipe.projector_rate is not None:
         flag = recipe.flags["projector_rate"]

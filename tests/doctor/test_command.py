@@ -85,3 +85,28 @@ def test_it_works_where_nothing_can_be_imported(tmp_path: Path) -> None:
     assert found["torch"] == "importing it fails: RuntimeError: torch/__init__.py is broken"
     assert found["bunny"] == "importing its trainer fails: RuntimeError: bunny/__init__.py is broken"
     assert set(data["findings"][0]) == {"level", "component", "text", "mend", "upstreams"}
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_nothing_is_cut(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_ = facts(deepspeed="0.19.8", torch="2.13.0+cu126.a.long.local.version")
+    monkeypatch.setattr(machine, "collect", lambda: set_)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main(["doctor"])
+    text = capsys.readouterr().out
+    assert "…" not in text and ("┃" in text) == (columns == 200)
+    for row in rows(set_, diagnose(set_)):
+        line = next(line for line in text.splitlines() if line.replace("│", " ").split()[:1] == row[0].split()[:1])
+        assert all(cell in line for cell in row), (row, line)
+
+
+def test_no_escapes_under_no_color(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "collect", lambda: facts(deepspeed="0.19.8"))
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "200")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(["doctor"])
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["doctor"])
+    assert "\x1b[" not in capsys.readouterr().out

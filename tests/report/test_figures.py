@@ -28,6 +28,34 @@ def test_figure_2_has_a_line_per_data_scale(scaled: list[Path]) -> None:
     theirs = [x for x in next(iter(with_paper.values())) if x["paper"]]
     assert [x["task"] for x in theirs] == list(TASKS_OVER_LAYERS)
     assert theirs[0]["layers"] == [1, 2, 4, 6, 8, 16, 32] and theirs[0]["scores"][-1] == 64.26
+    assert {line["of"] for line in theirs} == {"Bunny-Llama-3-8B-V (Table 2)"}
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "layers", "gqa"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "LLaVA-1.5-7B (Table 3)", [1, 2, 4, 6, 8, 16, 32], 62.98),
+        ("/models/vicuna-13b-v1.5", "LLaVA-1.5-13B (Table 3)", [9, 10, 40], 63.29),
+        ("models--meta-llama--Meta-Llama-3-8B-Instruct", "Bunny-Llama-3-8B-V (Table 2)", [1, 2, 4, 6, 8, 16, 32], 64.29),
+        ("meta-llama/Llama-3.1-8B-Instruct", None, [], 0),
+        ("lmsys/vicuna-7b-v1.3", None, [], 0),
+        ("microsoft/Phi-3-mini-4k-instruct", None, [], 0),
+    ],
+)
+def test_the_paper_s_line_is_of_the_same_model(tmp_path: Path, base: str, model: str | None, layers: list[int], gqa: float) -> None:
+    folder = evaluated(tmp_path, "a", WHOLE, region_of("sparse:8", base=base))
+    data, remarks = figure_data(FIGURES[2], read_runs([folder]), with_paper=True)
+    ((family, lines),) = data.items()
+    theirs = [line for line in lines if line["paper"]]
+    if model is None:
+        assert not theirs and remarks == [f"the paper has no numbers of {family}"]
+        return
+    assert remarks == [] and {line["of"] for line in theirs} == {model}
+    line = next(line for line in theirs if line["task"] == "gqa")
+    assert (line["full"], line["layers"]) == (gqa, layers)
+    with readable_svg():
+        draw(FIGURES[2], data, tmp_path / "out")
+    assert model in (tmp_path / "out" / "figure2.svg").read_text()
 
 
 def test_figures_take_the_uniform_selection_and_say_what_they_leave_out(scaled: list[Path], tmp_path: Path) -> None:

@@ -45,3 +45,30 @@ def test_the_heat_map_scales_each_instance_by_its_highest_layer(tmp_path: Path, 
 
 def test_without_instances_there_is_no_heat_map(tmp_path: Path) -> None:
     assert draw({**SCORES, "metrics": {}, "instances": []}, tmp_path, {}) == []
+
+
+def test_scores_that_differ_little_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars begin at zero: of image attention, the same within some percent in all layers, nothing was seen."""
+    seen = saved_figures(monkeypatch)
+    values = {
+        "flat": [100.0, 101.0, 103.0, 102.0],
+        "steep": [1.0, 2.0, 3.0, 4.0],
+        "zero": [0.0, 1.0, 1.1, 1.2],
+        "below": [-1.0, 1.0, 1.2, 1.1],
+    }
+    metrics = {name: {"scores": scores} for name, scores in values.items()}
+    draw({"num_layers": 4, "metrics": metrics}, tmp_path, {name: [2] for name in metrics})
+    (flat,), *bars = [figure.axes for figure in seen]
+    low, high = flat.get_ylim()
+    assert 95 < low < 100 and 103 < high < 108 and not flat.patches
+    points = flat.collections[-1]
+    assert points.get_offsets().tolist() == [[layer, score] for layer, score in enumerate(values["flat"])]
+    assert [to_hex(colour).upper() == COLOURS[1] for colour in points.get_facecolors()] == [False, False, True, False]
+    for (panel,), scores in zip(bars, list(values.values())[1:], strict=True):
+        assert [bar.get_height() for bar in panel.patches] == scores and panel.get_ylim()[0] <= 0
+
+
+def test_the_heat_map_says_what_its_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = saved_figures(monkeypatch)
+    draw({**SCORES, "metrics": {}}, tmp_path, {})
+    assert seen[0].axes[0].get_ylabel() == "3 instances, by data file"

@@ -240,3 +240,18 @@ def test_dry_run_of_13b_takes_seconds(tiny, tmp_path, capsys):
     lora = 10 * 128 * (4 * (5120 + 5120) + 3 * (5120 + 13824))
     assert f"{lora:,}" in shown and "0,4,8,12,16,22,26,30,34,38" in shown and "8 GPUs, ZeRO-3" in shown
     assert sys.getsizeof(shown) < 10_000 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [None, "3", [3], {}, 4, 1.5])
+def test_a_stage_that_is_none(refused, tmp_path, value):
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": value}}))
+    assert "allowed: 0, 1, 2 or 3" in refused(deepspeed=tmp_path / "zero.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 1.5), ("num_attention_heads", "x"), ("vocab_size", True), ("hidden_act", 1)])
+def test_a_config_that_makes_no_model(refused, tiny, tmp_path, key, value):
+    shutil.copytree(tiny.backbone, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, key: value}))
+    line = refused(own=("--tune_layers", "1,6", "--dry_run", "True"), model_name_or_path=tmp_path / "model")
+    assert f"cannot build a model from the config.json of {tmp_path / 'model'}" in line
