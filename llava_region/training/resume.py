@@ -128,6 +128,16 @@ def load_non_lora(model: nn.Module, checkpoint: str | Path) -> None:
             own[name].copy_(tensor)
 
 
+@functools.cache  # registered once
+def load_to_numbered_cpus() -> None:
+    """Let torch.load put tensors on `cpu:0`, as transformers asks for where several processes train on CPUs; torch knows `cpu` alone."""
+    torch.serialization.register_package(5, lambda storage: None, _on_numbered_cpu)
+
+
+def _on_numbered_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
 @contextmanager
 def numpy_state_loadable() -> Iterator[None]:
     """Let torch.load read transformers' saved random states, which hold a NumPy array, under torch >= 2.6's `weights_only`."""

@@ -22,6 +22,7 @@ from llava_region.training.resume import (
     EpochOrder,
     NoStepTooMany,
     load_non_lora,
+    load_to_numbered_cpus,
     load_trained_parameters_only,
     missing_random_states,
     numpy_state_loadable,
@@ -149,6 +150,7 @@ class RegionTrainerMixin(Trainer):
             print(f"resuming from {folder}", flush=True)
         for name in missing_random_states(folder, self.args.process_index, self.args.world_size):
             print(f"{folder} lacks {name}: what is drawn from it (the order of samples, dropout) is drawn anew", flush=True)
+        load_to_numbered_cpus()
         self.add_callback(BeginsAt(folder))
         self.meter.resume(folder)
         self.epoch_order.resume(folder)

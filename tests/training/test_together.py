@@ -42,7 +42,7 @@ def errors(printed: str) -> list[str]:
     ("flag", "value", "said"),
     [
         ("learning_rate", 1e-4, "--learning_rate is not the same on every rank: 0.0002 on rank 0 ("),
-        ("save_steps", 3, "--save_steps is not the same on every rank: 2 on rank 0 ("),  # the ranks would wait for each other for ever
+        ("save_steps", 3, "--save_steps is not the same on every rank: 2.0 on rank 0 ("),  # the ranks would wait for each other for ever
         ("data_path", None, "the content of --data_path is not the same on every rank: "),
         ("vision_tower", "/nowhere", "rank 1: --vision_tower /nowhere"),
     ],
@@ -91,7 +91,8 @@ def test_a_run_of_one_process_goes_on_with_two(tiny, tmp_path) -> None:
 @pytest.mark.slow
 def test_two_runs_in_one_folder(tiny, tmp_path) -> None:
     """A requeued job next to one that lingers: the second waits, and then finds the run done. Equal to one run alone."""
-    flags = {out: llava_flags(tiny, tmp_path / out, **RUN, lora_dropout=0.1) for out in ("alone", "run")}
+    long = {**RUN, "max_steps": 60, "save_steps": 30, "lora_dropout": 0.1}  # longer than the second one takes to begin
+    flags = {out: llava_flags(tiny, tmp_path / out, **long) for out in ("alone", "run")}
     assert train([*flags["alone"], "--tune_layers", "1,6"]).returncode == 0
     command = [sys.executable, "-m", "llava_region.train", "llava", *flags["run"], "--tune_layers", "1,6"]
     pair = []
