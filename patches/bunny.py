@@ -33,11 +33,8 @@ MODEL_TYPES = {
 LLAMA3_EOS = 128001  # written into Bunny's train() for llama3-8b
 SIGLIP_WIDTH = 1152  # of siglip-so400m, where the tower's config isn't on this machine
 EVA_WIDTH = 1024  # Bunny knows one EVA-CLIP, whose weights are a file
-TOWERS: dict[str, TowerKind | None] = {
-    "sig": SIGLIP,
-    "eva": None,
-    "clip": CLIP,
-}  # Bunny tells a vision tower's kind by these in its path, in this order
+# Bunny tells a vision tower's kind by these in its path, in this order
+TOWERS: dict[str, TowerKind | None] = {"sig": SIGLIP, "eva": None, "clip": CLIP}
 BY_FOUR = ("minigpt", "vanilla")  # projectors that lay four patches side by side
 
 
@@ -156,8 +153,9 @@ class Bunny(LLaVAFamily):
         model_class = require(self.train_module(), MODEL_TYPES[args.model_type][0], self.tested)
         model = model_class(model_class.config_class(**settings_without_tower(config)))
         inner = model.get_model()
-        eva = _kind_of(args.vision_tower) == "eva" and not Path(args.vision_tower).is_dir()
-        tower = None if eva else vision_model(args.vision_tower)
+        path, _ = self.tower_of(args, config)
+        eva = _kind_of(path) == "eva" and not Path(path).is_dir()
+        tower = None if eva else vision_model(path)
         model.config.mm_projector_type = args.mm_projector_type
         scales = 3 if args.use_s2 else 1  # S2 lays the features of three resolutions side by side
         unknown = EVA_WIDTH if eva else SIGLIP_WIDTH

@@ -42,7 +42,7 @@ VALUES = {
     "model_max_length": AT_LEAST_ONE,
     "mm_projector_lr": NOT_NEGATIVE,
     "image_aspect_ratio": words(
-        ("square", "pad"), "means nothing to training, which would take square, and the result could not be loaded"
+        ("square", "pad"), "means nothing to training, which would take square, while the result's config.json would say otherwise"
     ),
 }
 LORA_VALUES = {"lora_r": AT_LEAST_ONE, "lora_alpha": POSITIVE, "lora_dropout": BELOW_ONE}
@@ -158,8 +158,10 @@ class LLaVAFamily(Upstream):
             # Bunny takes the features of the last layer but one
             deep_enough = max(layers, abs(getattr(args, "mm_vision_select_layer", -2)))
             write_tower(folder / changes["vision_tower"], tower, kind, deep_enough)
-        small = shrunk(config, layers)
-        built: Any = self.empty_model(Namespace(**{**vars(args), "vision_tower": str(folder / changes["vision_tower"])}), small)
+        small, here = shrunk(config, layers), str(folder / changes["vision_tower"])
+        if config.get("mm_vision_tower"):  # training goes on with the model's own
+            small["mm_vision_tower"] = here
+        built: Any = self.empty_model(Namespace(**{**vars(args), "vision_tower": here}), small)
         if config.get("mm_vision_tower"):
             small |= {"mm_vision_tower": changes["vision_tower"], "mm_hidden_size": built.config.mm_hidden_size}
         source = folder_of(args.model_name_or_path, FLAGS["model"], args.cache_dir)
