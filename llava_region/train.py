@@ -171,7 +171,7 @@ def train_region(request: Request) -> None:
     Raises:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
-    from llava_region.training import dry_run, preflight, together
+    from llava_region.training import dry_run, preflight, small_step, together
 
     upstream = _upstream_of(request)
     upstream.train_module()
@@ -182,7 +182,9 @@ def train_region(request: Request) -> None:
         checked = together.on_all(lambda: preflight.check(upstream, request.flags))
     if checked.args.dry_run:
         if processes.is_first():
-            dry_run.show(checked, dry_run.estimate(upstream, checked))
+            found = dry_run.estimate(upstream, checked)
+            rehearsed = small_step.rehearse(upstream, checked) if checked.args.dry_run_step else None
+            dry_run.show(checked, found, rehearsed)
         return
     upstream.check_script(request.script)
     for name, text in checked.remarks:

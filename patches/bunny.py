@@ -14,7 +14,7 @@ from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
 from llava_region.patches.vocabulary import check_vocabulary
 from llava_region.training.flag_values import words
-from llava_region.training.vision_files import CLIP, SIGLIP, check_tower
+from llava_region.training.vision_files import CLIP, SIGLIP, TowerKind, check_tower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,8 @@ LLAMA3_EOS = 128001  # written into Bunny's train() for llama3-8b
 SIGLIP_WIDTH = 1152  # of siglip-so400m, where the tower's config isn't on this machine
 EVA_PATCHES = (336 // 14) ** 2  # written into Bunny's EVA tower
 EVA_WIDTH = 1024  # Bunny knows one EVA-CLIP, whose weights are a file
-TOWERS = {"sig": SIGLIP, "eva": None, "clip": CLIP}  # Bunny tells a vision tower's kind by these in its path, in this order
+# Bunny tells a vision tower's kind by these in its path, in this order
+TOWERS: dict[str, TowerKind | None] = {"sig": SIGLIP, "eva": None, "clip": CLIP}
 BY_FOUR = ("minigpt", "vanilla")  # projectors that lay four patches side by side
 
 
@@ -111,16 +112,18 @@ class Bunny(LLaVAFamily):
         if config.get("mm_vision_tower"):
             _check_continued(args, config)
 
+    def tower_of(self, args: Namespace, config: Mapping[str, Any]) -> tuple[str, TowerKind | None]:
+        tower = config.get("mm_vision_tower") or args.vision_tower
+        return tower, TOWERS.get(_kind_of(tower) or "")
+
     def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
-        tower, flag = config.get("mm_vision_tower"), f"'mm_vision_tower' in {args.model_name_or_path}/config.json:"
-        if not tower:
-            tower, flag = args.vision_tower, "--vision_tower"
+        flag = f"'mm_vision_tower' in {args.model_name_or_path}/config.json:" if config.get("mm_vision_tower") else "--vision_tower"
+        tower, tower_kind = self.tower_of(args, config)
         kind = _kind_of(tower)
         if kind == "eva":
             if not Path(tower).is_file():
                 raise LlavaRegionError(f"{flag} {tower}: Bunny takes it for EVA-CLIP by 'eva' in its path; give the file of its weights")
             return
-        tower_kind = TOWERS.get(kind or "")
         if tower_kind is None:
             raise LlavaRegionError(f"{flag} {tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}")
         found = check_tower(tower, flag, tower_kind, resized=args.use_s2)
@@ -154,10 +157,12 @@ class Bunny(LLaVAFamily):
         model_class = require(self.train_module(), MODEL_TYPES[args.model_type][0], self.tested)
         model = model_class(model_class.config_class(**settings_without_tower(config)))
         inner = model.get_model()
-        tower = None if _kind_of(args.vision_tower) == "eva" else vision_model(args.vision_tower)
+        path, _ = self.tower_of(args, config)
+        eva = _kind_of(path) == "eva" and not Path(path).is_dir()
+        tower = None if eva else vision_model(path)
         model.config.mm_projector_type = args.mm_projector_type
         scales = 3 if args.use_s2 else 1  # S2 lays the features of three resolutions side by side
-        unknown = EVA_WIDTH if _kind_of(args.vision_tower) == "eva" else SIGLIP_WIDTH
+        unknown = EVA_WIDTH if eva else SIGLIP_WIDTH
         model.config.mm_hidden_size = scales * (tower.config.hidden_size if tower is not None else unknown)
         inner.mm_projector = build_vision_projector(model.config)
         if tower is not None:

@@ -15,7 +15,7 @@ from llava_region.patches.seams import import_upstream, require
 from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
 from llava_region.patches.vocabulary import Growth, check_vocabulary
 from llava_region.training.flag_values import words
-from llava_region.training.vision_files import CLIP, check_tower, read_tensors
+from llava_region.training.vision_files import CLIP, TowerKind, check_tower, read_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +99,9 @@ class LLaVA(LLaVAFamily):
         _check_backbone(args, config)
         if config.get("mm_vision_tower"):
             _check_continued(args, config)
+
+    def tower_of(self, args: Namespace, config: Mapping[str, Any]) -> tuple[str, TowerKind]:
+        return config.get("mm_vision_tower") or args.vision_tower, CLIP
 
     def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
         tower = args.vision_tower

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from abc import abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
+from llava_region.patches.miniature import shrunk, write_backbone, write_tower
 from llava_region.patches.seams import import_upstream, require, require_fields
 from llava_region.patches.upstream import Lora, Recipe, Upstream
 from llava_region.patches.vocabulary import load_tokenizer
 from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Values, check_values, words
-from llava_region.training.model_files import check_backbone
-from llava_region.training.vision_files import check_projector
+from llava_region.training.model_files import check_backbone, folder_of
+from llava_region.training.vision_files import TowerKind, check_projector
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ VALUES = {
     "model_max_length": AT_LEAST_ONE,
     "mm_projector_lr": NOT_NEGATIVE,
     "image_aspect_ratio": words(
-        ("square", "pad"), "means nothing to training, which would take square, and the result could not be loaded"
+        ("square", "pad"), "means nothing to training, which would take square, while the result's config.json would say otherwise"
     ),
 }
 LORA_VALUES = {"lora_r": AT_LEAST_ONE, "lora_alpha": POSITIVE, "lora_dropout": BELOW_ONE}
@@ -178,6 +180,33 @@ class LLaVAFamily(Upstream):
             wanted = {name: tuple(tensor.shape) for name, tensor in model.get_model().mm_projector.state_dict().items()}
             projector_type = f"--mm_projector_type {args.mm_projector_type}"
             check_projector(recipe.projector, FLAGS["projector"], wanted, "mm_projector", projector_type)
+
+    def write_miniature(self, args: Namespace, config: Mapping[str, Any], layers: int, folder: Path) -> dict[str, Any] | None:
+        tower, kind = self.tower_of(args, config)
+        if "num_attention_heads" not in config:  # MPT
+            return None
+        changes = {
+            "model_name_or_path": "backbone", "data_path": "data.json", "pretrain_mm_mlp_adapter": None, "cache_dir": None, "bits": 16,
+            "image_folder": os.path.abspath(args.image_folder) if args.image_folder else None, "vision_tower": os.path.abspath(tower),
+        }  # fmt: skip
+        if kind is not None:
+            changes["vision_tower"] = f"tower-{kind.title.lower()}"
+            # Bunny takes the features of the last layer but one
+            deep_enough = max(layers, abs(getattr(args, "mm_vision_select_layer", -2)))
+            write_tower(folder / changes["vision_tower"], tower, kind, deep_enough)
+        small, here = shrunk(config, layers), str(folder / changes["vision_tower"])
+        if config.get("mm_vision_tower"):  # training goes on with the model's own
+            small["mm_vision_tower"] = here
+        built: Any = self.empty_model(Namespace(**{**vars(args), "vision_tower": here}), small)
+        if config.get("mm_vision_tower"):
+            small |= {"mm_vision_tower": changes["vision_tower"], "mm_hidden_size": built.config.mm_hidden_size}
+        source = folder_of(args.model_name_or_path, FLAGS["model"], args.cache_dir)
+        write_backbone(folder / "backbone", built, small, source)
+        return changes
+
+    @abstractmethod
+    def tower_of(self, args: Namespace, config: Mapping[str, Any]) -> tuple[str, TowerKind | None]:
+        """The vision tower that training uses, and its kind; None: not one of transformers'."""
 
     @abstractmethod
     def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:

@@ -199,6 +199,19 @@ class Upstream(ABC):
 
         check_backbone(self, self.recipe(args), self.meta_model(args, config))
 
+    def write_miniature(self, args: Namespace, config: Mapping[str, Any], layers: int, folder: Path) -> dict[str, Any] | None:
+        """Write a miniature of the model for a rehearsal on the CPU: as small as can be, with random weights and the real tokenizer.
+
+        Args:
+            args, config: as for `check`, which was before.
+            layers: decoder layers to leave.
+            folder: an empty folder, from which train() will be started. The records will be in its `data.json`.
+
+        Returns:
+            the flags that differ from `args`, with paths relative to the folder; None: no rehearsal.
+        """
+        return None
+
     def meta_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
         """`empty_model` on the meta device."""
         import torch

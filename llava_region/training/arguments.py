@@ -30,6 +30,10 @@ class RegionArguments:
     dry_run_gpus: Optional[int] = field(
         default=None, metadata={"help": "GPUs to assume in the dry run's memory estimate. Default: the ranks it was launched with."}
     )
+    dry_run_step: bool = field(
+        default=True,
+        metadata={"help": "In a dry run, also train 4 records on a miniature of the model (2 decoder layers, random weights), on the CPU."},
+    )
     check_images: str = field(
         default="sample",
         metadata={

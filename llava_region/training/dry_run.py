@@ -72,8 +72,8 @@ def estimate(upstream: Upstream, preflight: Preflight) -> Estimate:
     )  # fmt: skip
 
 
-def show(preflight: Preflight, found: Estimate) -> None:
-    """Print the layer map, the trainable parameters of each group and the estimated memory."""
+def show(preflight: Preflight, found: Estimate, rehearsed: str | None = None) -> None:
+    """Print the layer map, the trainable parameters of each group, the estimated memory, and what was rehearsed."""
     args, recipe, region = preflight.args, preflight.recipe, preflight.region
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     trainable = sum(found.trains.values())
@@ -93,6 +93,7 @@ def show(preflight: Preflight, found: Estimate) -> None:
         *[(f"  {name}", f"{value / 2**30:.2f} GiB") for name, value in found.memory._asdict().items()],
         ("  sum", f"{sum(found.memory) / 2**30:.2f} GiB"),
         *found.activations,
+        *([("rehearsal", rehearsed)] if rehearsed else []),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

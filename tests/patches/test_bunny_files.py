@@ -20,8 +20,8 @@ import bunny.train.train as upstream
 
 from llava_region import train as region_train
 from llava_region.data.tiny import write_vision_tower
-from tests.helpers.bunny_models import bunny_flags, write_bunny
-from tests.helpers.training_runs import LORA
+from tests.helpers.bunny_models import MODEL_TYPES, bunny_flags, write_bunny
+from tests.helpers.training_runs import LORA, environment
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def line_of(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(upstream, "train", lambda: None)
 
     def run(**changes) -> str | None:
-        code = region_train.main(["bunny", *bunny_flags(files, tmp_path / "out", **{**LORA, **changes}), "--tune_layers", "1,6"])
+        code = region_train.main(
+            ["bunny", *bunny_flags(files, tmp_path / "out", **{**LORA, "dry_run_step": False, **changes}), "--tune_layers", "1,6"]
+        )
         lines = capsys.readouterr().err.strip().splitlines()
         assert code in (0, 2) and len(lines) <= 1, lines
         return lines[0] if code else None
@@ -117,3 +119,13 @@ def test_backbone_and_tokenizer(line_of, files, tmp_path):
     assert "it holds none of model.safetensors" in line_of(model_name_or_path=backbone)
     shutil.copy(files.vision_tower / "model.safetensors", backbone)
     assert "is no model that Bunny loads as BunnyPhiForCausalLM" in line_of(model_name_or_path=backbone)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_dry_run_rehearses(tmp_path, capsys, monkeypatch, model_type):
+    """Bunny's own train() on a miniature of each model type, with its tokenizer."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])  # the shims
+    flags = bunny_flags(write_bunny(tmp_path, model_type), tmp_path / "out", dry_run=True, bf16=True, **LORA)
+    assert region_train.main(["bunny", *flags, "--tune_layers", "1,6"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "4 records of the data through Bunny's train() on a miniature" in last and "2 steps, loss " in last

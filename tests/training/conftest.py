@@ -16,7 +16,9 @@ def line_of(tiny, tmp_path, capsys, monkeypatch) -> Callable[..., str | None]:
     monkeypatch.setattr(upstream, "train", lambda attn_implementation=None: None)
 
     def run(**changes) -> str | None:
-        code = region_train.main(["llava", *llava_flags(tiny, tmp_path / "out", **{**LORA, **changes}), "--tune_layers", "1,6"])
+        code = region_train.main(
+            ["llava", *llava_flags(tiny, tmp_path / "out", **{**LORA, "dry_run_step": False, **changes}), "--tune_layers", "1,6"]
+        )
         lines = capsys.readouterr().err.strip().splitlines()
         if code == 0:
             return None

@@ -13,7 +13,7 @@ from tests.helpers.training_runs import llava_flags
 
 
 def command(tiny, folder: Path, **flags) -> list[str]:
-    return ["llava", *llava_flags(tiny, folder / "run", **{"dry_run": True, **flags}), "--tune_layers", "2,6"]
+    return ["llava", *llava_flags(tiny, folder / "run", **{"dry_run": True, "dry_run_step": False, **flags}), "--tune_layers", "2,6"]
 
 
 def dry_run(tiny, tmp_path, capsys, **flags) -> Ran:

@@ -10,7 +10,7 @@ pytest.importorskip("deepspeed")
 
 from tests.helpers.training_runs import write_zero3
 
-LINE_IS_NO_NUMBER = ("inf", "nan")
+NOT_NUMBERS = ("inf", "nan")
 
 
 REFUSED = {
@@ -29,7 +29,7 @@ REFUSED = {
     "lora_r": (("0", "-8"), "allowed: 1 or more"),
     "lora_alpha": (("0", "-16"), "allowed: a number above 0"),
     "lora_dropout": (("1.5", "1", "-0.1", "nan"), "allowed: 0 or more, but below 1"),
-    "learning_rate": (("0", "-0.0002", *LINE_IS_NO_NUMBER), "allowed: a number above 0"),
+    "learning_rate": (("0", "-0.0002", *NOT_NUMBERS), "allowed: a number above 0"),
     "mm_projector_lr": (("-0.0002", "nan"), "allowed: 0 or more"),
     "weight_decay": (("-0.1", "nan"), "allowed: 0 or more"),
     "warmup_ratio": (("1.5", "-0.03"), "allowed: a number from 0 to 1"),
@@ -81,7 +81,7 @@ def test_accepted(line_of, flag):
 
 
 def test_epochs(line_of):
-    for value in ("0", "-1", *LINE_IS_NO_NUMBER):
+    for value in ("0", "-1", *NOT_NUMBERS):
         line = line_of(max_steps=None, num_train_epochs=value)
         assert line == f"error: --num_train_epochs {float(value)} is not among its values; allowed: a number above 0"
     for steps in (None, "0", "-1"):  # upstream trains by the epochs then

@@ -199,7 +199,7 @@ def test_one_error_a_node_and_one_dry_run(tiny, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert region_train.main([*flags, "9"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == lines
-        assert region_train.main([*flags, "1", "--dry_run", "True"]) == 0
+        assert region_train.main([*flags, "1", "--dry_run", "True", "--dry_run_step", "False"]) == 0
         assert ("trains in all" in capsys.readouterr().out) == (rank == "0")
 
 
