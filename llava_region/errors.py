@@ -37,6 +37,7 @@ _SYSTEM = {
     errno.EACCES: "change the permissions, or give another path",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit with 'ulimit -n'",
+    errno.EPIPE: "what reads it has ended",
     errno.EIO: "look at the disk, or at the network file system",
 }
 _GPU_FULL = re.compile(r"CUDA(?: error)?: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
@@ -93,7 +94,9 @@ def guarded(work: Callable[[], int], program: Program, whole_process: bool) -> i
         try:
             code = work()
             _flush()
+            interrupts.arrive()
         except BaseException as e:
+            interrupts.arrive()
             code = _interrupted() if interrupts.received else _end(e, program)
         else:
             code = _interrupted() if interrupts.received else code
@@ -121,7 +124,7 @@ def _end(e: BaseException, program: Program) -> int:
         with suppress(OSError):
             traceback.print_exception(e)
     if isinstance(e, LlavaRegionError):
-        if processes.is_first_on_node():  # not on the first node alone: what is wrong may be wrong on one of them
+        if _place()[2]:  # not on the first node alone: what is wrong may be wrong on one of them
             say(str(e))
         return BAD_INPUT
     known = _known(e, program)
@@ -169,14 +172,23 @@ def _short(e: BaseException, longest: int = 300) -> str:
     return f"{type(e).__name__}: {text}" if text else type(e).__name__
 
 
+def _place() -> tuple[int, int, bool]:
+    """Number of this process, how many there are, and whether it is the first on its node."""
+    try:
+        return processes.rank(), processes.world_size(), processes.is_first_on_node()
+    except ValueError:  # RANK and the like are not numbers, which may be the very error
+        return 0, 1, True
+
+
 def _rank() -> str:
-    return f"rank {processes.rank()}: " if processes.world_size() > 1 else ""
+    rank, ranks, _ = _place()
+    return f"rank {rank}: " if ranks > 1 else ""
 
 
 def _write_log(e: BaseException, program: Program) -> Path | None:
     """A new file with a traceback and what is needed to understand it; None where no folder can be written."""
     text = "\n".join([*_circumstances(program), "", "".join(traceback.format_exception(e))])
-    start = f"{program.name}-{time.strftime('%Y%m%d-%H%M%S')}-{f'rank{processes.rank()}-' if _rank() else ''}"
+    start = f"{program.name}-{time.strftime('%Y%m%d-%H%M%S')}-{f'rank{_place()[0]}-' if _rank() else ''}"
     for folder in (*program.folders, os.curdir, tempfile.gettempdir()):
         with suppress(OSError):
             handle, name = tempfile.mkstemp(dir=folder, prefix=start, suffix=".log")
@@ -190,8 +202,8 @@ def _circumstances(program: Program) -> Iterator[str]:
     from importlib.metadata import distributions
 
     yield f"command line: {program.name} {shlex.join(_without_secrets(program.argv))}"
-    yield f"folder: {os.path.abspath(os.curdir)}"
-    yield f"process: rank {processes.rank()} of {processes.world_size()}, {platform.node()}"
+    yield f"folder: {os.environ.get('PWD')}"  # the current one may be gone
+    yield f"process: rank {_place()[0]} of {_place()[1]}, {platform.node()}"
     yield f"python {platform.python_version()} ({sys.executable}), {platform.platform()}"
     yield f"package: {Path(__file__).parent}"
     yield "installed: " + " ".join(sorted({f"{one.metadata['Name']}=={one.version}" for one in distributions()}, key=str.lower))
@@ -249,7 +261,7 @@ def _has_no_reader(stream: TextIO | None) -> bool:
 
 
 def _interrupted() -> int:
-    if processes.is_first_on_node():
+    if _place()[2]:
         say("interrupted", label="")
     return INTERRUPTED
 
@@ -262,11 +274,15 @@ class _Interrupts:
     error of it. So it is raised again until it arrives, but not while code that it has reached is cleaning up.
     """
 
+    after: Callable[[int, FrameType | None], Any] | int | None = None  # the handler of SIGINT once it has arrived; None: not ours
     received: bool = False
     _again: bool = False
     _arrived: threading.Event = field(default_factory=threading.Event)
     _process: int = field(default_factory=os.getpid)
     _thread: int = field(default_factory=threading.get_ident)
+
+    def __post_init__(self) -> None:
+        self._repeats = threading.Thread(target=self._raise_again, daemon=True)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of SIGINT."""
@@ -276,7 +292,7 @@ class _Interrupts:
                 return
             if not self.received:
                 self.received = True
-                threading.Thread(target=self._raise_again, daemon=True).start()
+                self._repeats.start()
         raise KeyboardInterrupt
 
     def _raise_again(self) -> None:
@@ -285,7 +301,12 @@ class _Interrupts:
             signal.pthread_kill(self._thread, signal.SIGINT)
 
     def arrive(self) -> None:
+        """Say that it need not come again, nor be received from now on."""
         self._arrived.set()
+        if self.received:
+            self._repeats.join()
+        if self.after is not None:
+            signal.signal(signal.SIGINT, self.after)
 
 
 def _on_its_way(e: BaseException | None) -> bool:
@@ -302,10 +323,11 @@ def _on_its_way(e: BaseException | None) -> bool:
 @contextmanager
 def _interrupts(whole_process: bool) -> Iterator[_Interrupts]:
     """Receive Ctrl-C for the length of a block, where it is not ignored or somebody else's."""
-    found = _Interrupts()
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield found
+        yield _Interrupts()
         return
+    # Python waits for threads and exit functions at its end, and prints a traceback for Ctrl-C there
+    found = _Interrupts(after=signal.SIG_DFL if whole_process else signal.default_int_handler)
     signal.signal(signal.SIGINT, found.receive)
     unraisable = sys.unraisablehook
 
@@ -318,7 +340,5 @@ def _interrupts(whole_process: bool) -> Iterator[_Interrupts]:
         yield found
     finally:
         found.arrive()
-        # Python waits for threads and exit functions at its end, and prints a traceback for Ctrl-C there
-        signal.signal(signal.SIGINT, signal.SIG_DFL if whole_process else signal.default_int_handler)
         if not whole_process:
             sys.unraisablehook = unraisable

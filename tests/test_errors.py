@@ -121,6 +121,20 @@ def test_real_limits(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_it_works_where_little_is_left(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setenv("RANK", "zero")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, _, err = ended(capsys, KeyError("x"))
+    assert code == 70 and str(logs(tmp_path)[0]) in err
+    assert ended(capsys, LlavaRegionError("a")).code == 2 and ended(capsys, KeyboardInterrupt()).code == 130
+    code, _, err = ended(capsys, BrokenPipeError(errno.EPIPE, "Broken pipe", "/run/pipe"))
+    assert code == 2 and "/run/pipe: Broken pipe; what reads it has ended" in err
+
+
 def test_what_passes(capsys):
     assert ended(capsys, LlavaRegionError("a\nb")) == Ran(2, "", "error: a b\n")
     assert ended(capsys, KeyboardInterrupt()) == Ran(130, "", "interrupted\n")
