@@ -28,7 +28,9 @@ import torch
 from safetensors.torch import save_file
 
 from llava_region.checkpoints.tensors import Computed, write_checkpoint
+from llava_region.errors import LlavaRegionError
 from llava_region.region import sparse_layers
+from llava_region.training.sizes import format_size
 
 RANK = 128
 PEAK_LIMIT = "twice the largest tensor plus 500 MB"
@@ -150,7 +152,17 @@ def summary(figures: dict[str, list]) -> dict:
 
 
 def run(folder: Path, size_gb: float, repeat: int) -> dict:
-    """Write the checkpoint and the run under `folder`, measure, and return the figures."""
+    """Write the checkpoint and the run under `folder`, measure, and return the figures.
+
+    Raises:
+        LlavaRegionError: the disk has no room for four times the size.
+    """
+    free = shutil.disk_usage(folder).free
+    if 4e9 * size_gb > free:
+        raise LlavaRegionError(
+            f"--size-gb {size_gb:g} takes {4 * size_gb:g} GB on disk, and {format_size(free)} are free in {folder.parent}; "
+            "give a smaller --size-gb, or --folder on another disk"
+        )
     config = shape_of(size_gb)
     base, lora, model = folder / "base", folder / "lora", folder / "model"
     write_base(base, config)
@@ -170,18 +182,25 @@ def run(folder: Path, size_gb: float, repeat: int) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=0.5, help="size of the checkpoint")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each command")
     parser.add_argument("--folder", type=Path, help="where to write, four times the size; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = run(Path(folder), options.size_gb, options.repeat)
-    if options.json:
-        print(json.dumps(figures, indent=2))
-        return
+    options = parser.parse_args(argv)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            figures = run(Path(folder), options.size_gb, options.repeat)
+    except LlavaRegionError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=2)) if options.json else show(figures)
+    return 0
+
+
+def show(figures: dict) -> None:
+    """Print the figures as a table."""
     size, largest, limit = figures["checkpoint_bytes"] / 1e9, figures["largest_tensor_bytes"] / 1e6, figures["peak_limit_bytes"] / 1e6
     print(f"{size:.2f} GB in {figures['shards']} shards, largest tensor {largest:.0f} MB, so the limit is {limit:.0f} MB: {PEAK_LIMIT}")
     print("median of    whole process    without start of torch      cp -r    CPU: whole  cp -r     peak")
@@ -192,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,17 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from llava_region.checkpoints.tensors import Computed, weight_files, write_checkpoint
+from llava_region.errors import LlavaRegionError
+from llava_region.training.kept_memory import free_memory
+from llava_region.training.sizes import format_size
 
 CHUNK = 1 << 23
 COMPARE = """
@@ -42,7 +48,7 @@ print(seconds, int(status["VmHWM"].split()[0]) * 1024, len(layers))
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=0.5, help="size of each of the two checkpoints")
     parser.add_argument("--hidden", type=int, default=512)
@@ -54,17 +60,32 @@ def main() -> None:
     parser.add_argument("--only", choices=("activations", "weights"))
     parser.add_argument("--folder", help="where the checkpoints are written temporarily; default: the system's folder")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    result = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
+    options = parser.parse_args(argv)
+    try:
+        result = measured(options)
+    except LlavaRegionError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    return 0
+
+
+def measured(options: argparse.Namespace) -> dict:
+    """All figures that the options ask for.
+
+    Raises:
+        LlavaRegionError: the model does not fit the free memory, or the checkpoints the disk.
+    """
+    result: dict = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
     if options.only != "weights":
         result["activations"] = time_activations(options)
     if options.only != "activations":
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             result["weights"] = time_weights(Path(folder), options)
-    print(json.dumps(result, indent=2) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    return result
 
 
-def time_activations(options) -> dict:
+def time_activations(options: argparse.Namespace) -> dict:
     """Seconds of a plain pass and of one with all activation metrics, alternating."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,6 +100,7 @@ def time_activations(options) -> dict:
         vocab_size=64, hidden_size=options.hidden, intermediate_size=options.hidden * 43 // 16, num_hidden_layers=options.layers,
         num_attention_heads=heads, attn_implementation="sdpa",
     )  # fmt: skip
+    check_memory(LlamaForCausalLM, config, device, dtype)
     model = LlamaForCausalLM(config).to(device, dtype).eval()
     shape = (options.batch_size, options.tokens)
     image = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -106,7 +128,24 @@ def time_activations(options) -> dict:
     }  # fmt: skip
 
 
-def timed(run, device: torch.device) -> float:
+def check_memory(model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a model that does not fit, before it is made: in fp32 on CPU, and in `dtype` on a GPU.
+
+    Raises:
+        LlavaRegionError: less is free than its weights take.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in model_class(config).parameters())
+    for place, itemsize in ((torch.device("cpu"), torch.float32.itemsize), (device, dtype.itemsize)):
+        size, free = parameters * itemsize, free_memory(place)
+        if size > free:
+            raise LlavaRegionError(
+                f"--hidden {config.hidden_size} --layers {config.num_hidden_layers} is a model of {format_size(size)}, and "
+                f"{format_size(free)} are free on {place}; give a smaller --hidden or --layers"
+            )
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -116,8 +155,18 @@ def timed(run, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_weights(folder: Path, options) -> dict:
-    """Seconds and peak memory of comparing two checkpoints, and seconds of reading them, alternating, cold and warm."""
+def time_weights(folder: Path, options: argparse.Namespace) -> dict:
+    """Seconds and peak memory of comparing two checkpoints, and seconds of reading them, alternating, cold and warm.
+
+    Raises:
+        LlavaRegionError: the disk has no room for the two.
+    """
+    free = shutil.disk_usage(folder).free
+    if 2e9 * options.size_gb > free:
+        raise LlavaRegionError(
+            f"--size-gb {options.size_gb:g} takes {2 * options.size_gb:g} GB on disk, and {format_size(free)} are free in {folder.parent}; "
+            "give a smaller --size-gb, or --folder on another disk"
+        )
     shapes = write_pair(folder, options.size_gb)
     files = [*weight_files(folder / "tuned"), *weight_files(folder / "base")]
     out = {"bytes_of_both": sum(file.stat().st_size for file in files), "layers": shapes, "peak_bytes": 0}
@@ -186,4 +235,4 @@ def read_all(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,8 @@ twice that, dropout 0.05) on all linear modules, or all parameters, of its layer
     auto      the same, as few layers recomputed as memory asks for: what `--tune_layers` does by default
     full      every parameter of the region's layers trained, without LoRA, as few recomputed as memory asks for
 
+A shape whose weights, optimizer states and logits are more than the memory that is free is refused before any of it is allocated.
+
 Modes take turns, one step each, so that a busy machine slows all of them; times are medians. On a CUDA GPU in bf16, else on CPU
 in fp32. Peak memory is what a step takes in addition to weights, gradients and optimizer states: on a GPU as its allocator counts it
 (activations and all temporaries), on CPU the tensors that autograd keeps (temporaries not counted).
@@ -41,7 +43,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.region import Region
 from llava_region.training import recompute, supervised_loss
-from llava_region.training.kept_memory import saved_peak
+from llava_region.training.kept_memory import free_memory, saved_peak
 from llava_region.training.recompute_plan import Plan, Workload
 from llava_region.training.sizes import format_size, parse_size
 
@@ -73,15 +75,15 @@ SHAPES = {
 }
 
 
-def backbone(shape: Shape, device: torch.device) -> LlamaForCausalLM:
-    """A frozen Llama of the shape with random weights, bf16 on a GPU and fp32 on CPU."""
+def backbone(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A frozen Llama of the shape with random weights."""
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, use_cache=False,
         attn_implementation="sdpa",
     )  # fmt: skip
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    torch.set_default_dtype(dtype)
     try:
         with device:
             return LlamaForCausalLM(config).requires_grad_(False)
@@ -108,6 +110,41 @@ def variant(base: LlamaForCausalLM, layers: Collection[int], lora: bool) -> Any:
             find_decoder_layers(model).modules[i].requires_grad_(True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # upstream's kind
     return model.train()
+
+
+def build(shape: Shape, region: Region, modes: Collection[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The models that the modes train: LoRA on `all` layers, LoRA on the `region`, and, where it is asked for, its layers in `full`."""
+    base = backbone(shape, device, dtype)
+    with device:
+        models = {"all": variant(base, range(shape.layers), True), "region": variant(base, region.layers, True)}
+        return models | ({"full": variant(base, region.layers, False)} if "full" in modes else {})
+
+
+def least_memory(shape: Shape, region: Region, modes: Collection[str], dtype: torch.dtype) -> int:
+    """Bytes without which no run is possible: weights, AdamW's two states, one model's gradients, upstream's logits.
+
+    The models are made on the meta device, so this allocates nothing.
+    """
+    models = build(shape, region, modes, torch.device("meta"), dtype)
+    weights = {id(p): p.nbytes for model in models.values() for p in model.parameters()}
+    trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models.values()]
+    # in their own type, and the fp32 copy that the loss is computed of with its gradient
+    logits = shape.samples * shape.length * shape.vocab * (dtype.itemsize + 2 * torch.float32.itemsize)
+    return sum(weights.values()) + 2 * sum(trained) + max(trained) + logits
+
+
+def check_memory(shape_name: str, region: Region, modes: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a shape that does not fit, as a machine without a GPU would else take all memory until the system ends some process.
+
+    Raises:
+        LlavaRegionError: less is free than it takes at least.
+    """
+    least, free = least_memory(SHAPES[shape_name], region, modes, dtype), free_memory(device)
+    if least > free:
+        raise LlavaRegionError(
+            f"--shape {shape_name} takes {format_size(least)} at least, and {format_size(free)} are free on {device}; "
+            f"give a smaller one, such as --shape cpu, or run it on a GPU with more memory"
+        )
 
 
 class Mode:
@@ -185,15 +222,17 @@ def run(
     Returns:
         `{"shape", "device", ..., "modes": {name: {"seconds", "peak_bytes", "ratio", "tokens_per_second", "recomputed", ...}}}`,
         seconds being medians and ratios medians of the ratio to upstream's step of the same round.
+
+    Raises:
+        LlavaRegionError: the region does not fit the shape, or the shape the free memory.
     """
     shape = SHAPES[shape_name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = Region.parse(region, shape.layers)
+    check_memory(shape_name, chosen, modes, device, dtype)
     torch.manual_seed(0)
-    base = backbone(shape, device)
-    models = {"all": variant(base, range(shape.layers), True), "region": variant(base, chosen.layers, True)}
-    if "full" in modes:
-        models["full"] = variant(base, chosen.layers, False)
+    models = build(shape, chosen, modes, device, dtype)
     columns = [Mode(name, models[{"upstream": "all", "full": "full"}.get(name, "region")], chosen, shape, region_memory) for name in modes]
     batch = random_batch(shape, supervised, device)
     for mode in track(columns, "peak memory"):
@@ -209,7 +248,7 @@ def run(
         "shape": shape_name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "peak_is": "allocator's peak without weights and optimizer" if device.type == "cuda" else "tensors autograd keeps",
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "region": list(chosen.layers),
         "supervised": supervised,
         "region_memory_bytes": parse_size(region_memory) if region_memory else None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_region import processes
 from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, width_in
@@ -239,6 +240,20 @@ def sample_model(
     return get_peft_model(model, LoraConfig(target_modules=names, use_rslora=lora.use_rslora, **options))
 
 
+class _Unmultiplied(TorchDispatchMode):
+    """Within the block, products of matrices have their shapes and undefined values.
+
+    A sample's weights are undefined anyway, and what autograd keeps does not depend on them. In bfloat16 on a CPU, the products of a
+    layer of 13B took torch 2.1 a minute.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            return left.new_empty((left.shape[0], right.shape[1]))
+        return func(*args, **kwargs or {})
+
+
 def activations_of(model: nn.Module, workload: Workload, context: Context = nullcontext) -> Activations:
     """Measure what a model's tuned and frozen decoder layers keep for the largest batch.
 
@@ -257,8 +272,11 @@ def activations_of(model: nn.Module, workload: Workload, context: Context = null
     dtype = getattr(torch, workload.dtype) if weight.is_meta else weight.dtype
     if weight.is_meta or hasattr(weight, "ds_id"):
         device = weight.device if not weight.is_meta else "cuda" if torch.cuda.is_available() else "cpu"
-        sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=dtype, device=device)
-        kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
+        # the CPU of torch 2.1 knows little of float16; bfloat16 keeps as many bytes
+        stored = torch.bfloat16 if str(device) == "cpu" and dtype == torch.float16 else dtype
+        sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=stored, device=device)
+        with _Unmultiplied():
+            kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
     else:
         measured = measure(model, examples.values(), context)
         kept = {kind: measured[layer] for kind, layer in examples.items()}

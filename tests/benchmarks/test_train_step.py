@@ -93,6 +93,42 @@ def test_true_shapes(bench):
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["llava-7b", "llava-13b", "bunny-8b"])
+def test_a_shape_that_does_not_fit_is_refused_before_it_is_allocated(bench, capsys, monkeypatch, name):
+    """On a machine without a GPU, llava-7b took all memory until the kernel ended some process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "free_memory", lambda device: 20 * 10**9)
+    code, out, err = run(capsys, "--shape", name, main=bench.main)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: --shape {name} takes ") and "20 GB are free on cpu" in err and "--shape cpu" in err
+
+
+def test_memory_is_counted_as_it_is_taken(bench):
+    """Against the bytes of a real run's weights, states and gradients."""
+    region, modes = bench.Region.parse("sparse:25%", 8), bench.MODES
+    models = bench.build(bench.SHAPES["tiny"], region, modes, torch.device("cpu"), torch.float32)
+    batch = bench.random_batch(bench.SHAPES["tiny"], 0.5, torch.device("cpu"))
+    weights = {p.data_ptr(): p.nbytes for model in models.values() for p in model.parameters()}
+    states, gradients = 0, []
+    for model in models.values():
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model(**batch).loss.backward()
+        gradients.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        optimizer.step()
+        states += sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    logits = 2 * 64 * 512 * 12
+    assert (
+        bench.least_memory(bench.SHAPES["tiny"], region, modes, torch.float32) == sum(weights.values()) + states + max(gradients) + logits
+    )
+
+
+def test_a_shape_that_fits_is_not_refused(bench, monkeypatch):
+    """On a GPU of 80 GB in bf16 the published 7B shape has room, also with every mode."""
+    region = bench.Region.parse("sparse:25%", 32)
+    monkeypatch.setattr(bench, "free_memory", lambda device: 79 * 10**9)
+    bench.check_memory("llava-7b", region, bench.MODES, torch.device("cuda"), torch.bfloat16)
+
+
 def test_command_line(bench, capsys, tmp_path):
     figure = tmp_path / "step.png"
     code, out, _ = run(capsys, "--shape", "tiny", "--repeats", 1, "--json", "--plot", figure, main=bench.main)
