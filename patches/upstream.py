@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 from llava_region.patches.seams import hooked
+from llava_region.run_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -213,11 +214,24 @@ class Upstream(ABC):
         return None
 
     def meta_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:
-        """`empty_model` on the meta device."""
+        """`empty_model` on the meta device. What it raises is about a value in the config.
+
+        Raises:
+            LlavaRegionError: the config makes no model.
+        """
         import torch
 
-        with torch.device("meta"):
-            return self.empty_model(args, config)
+        try:
+            with torch.device("meta"):
+                return self.empty_model(args, config)
+        except LlavaRegionError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            text = " ".join(str(e).split())[:200]
+            raise LlavaRegionError(
+                f"{self.title} cannot build a model from the {CONFIG_FILE} of {self.recipe(args).model} ({type(e).__name__}: {text}); "
+                "copy that file again from where the model comes"
+            ) from e
 
     @abstractmethod
     def empty_model(self, args: Namespace, config: Mapping[str, Any]) -> nn.Module:

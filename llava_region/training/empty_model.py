@@ -6,8 +6,6 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from llava_region.decoder import part_of
-from llava_region.errors import LlavaRegionError
-from llava_region.run_files import CONFIG_FILE
 from llava_region.training.run import RegionRun
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def empty_model(upstream: Upstream, preflight: Preflight) -> nn.Module:
     args, recipe = preflight.args, preflight.recipe
     run = RegionRun(preflight.region, upstream=upstream)
     with torch.device("meta"):
-        model = _with_lora(_built(upstream, preflight), recipe, run)
+        model = _with_lora(upstream.meta_model(args, preflight.config), recipe, run)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         if part == "vision":
@@ -37,20 +35,6 @@ def empty_model(upstream: Upstream, preflight: Preflight) -> nn.Module:
             parameter.requires_grad_(recipe.trains_projector)
     run.prepare_model(model, Namespace(**vars(args)))
     return model
-
-
-def _built(upstream: Upstream, preflight: Preflight) -> nn.Module:
-    """The upstream's own class, made of `config.json`; what it raises is about a value there."""
-    try:
-        return upstream.empty_model(preflight.args, preflight.config)
-    except LlavaRegionError:
-        raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        text = " ".join(str(e).split())[:200]
-        raise LlavaRegionError(
-            f"{upstream.title} cannot build a model from the {CONFIG_FILE} of {preflight.recipe.model} ({type(e).__name__}: {text}); "
-            "copy that file again from where the model comes"
-        ) from e
 
 
 def _with_lora(model: Any, recipe: Recipe, run: RegionRun) -> nn.Module:

@@ -58,7 +58,7 @@ ACCEPTED = {
     "mm_projector_type": ("linear", "mlp1x_gelu", "mlp12x_gelu", None),
     "mm_vision_select_feature": ("patch", "cls_patch"),
     "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
-    "version": ("v0.5", "v1", "plain", "llava_v1", "mistral_instruct"),
+    "version": ("v0.5", "v1", "llava_v1", "mistral_instruct"),
     "optim": ("adamw_torch", "adamw_hf", "adafactor", "sgd", "adagrad", "rmsprop"),
     "lr_scheduler_type": ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
     "lora_dropout": ("0", "0.99"),
