@@ -211,6 +211,20 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
+def refuse_not_finite(tensor: torch.Tensor, name: str, where: object, hint: str) -> torch.Tensor:
+    """The tensor itself, every number of which is finite.
+
+    Args:
+        name: how to call it in the message, `where` with the file or folder it comes from and `hint` with the way out.
+
+    Raises:
+        LlavaRegionError: it holds NaN or infinity.
+    """
+    if tensor.dtype.is_floating_point and not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all():
+        raise LlavaRegionError(f"'{name}' {where} holds NaN or infinity; {hint}")
+    return tensor
+
+
 def bare_name(name: str) -> str:
     """Name of a tensor in the model itself, without what PEFT and DDP put around it.
 
