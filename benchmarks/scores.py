@@ -68,7 +68,8 @@ def time_activations(options) -> dict:
     """Seconds of a plain pass and of one with all activation metrics, alternating."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llava_region.scores.activations import ACTIVATION_METRICS, forward_decoder, measure
+    from llava_region.scores.activations import forward_decoder, measure
+    from llava_region.scores.metrics import ACTIVATION_METRICS
     from llava_region.scores.sums import Sums
 
     torch.manual_seed(0)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from llava_region import locks
 from llava_region.errors import LlavaRegionError
 
 
@@ -95,33 +98,91 @@ def _umask() -> int:
 def output_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """A folder to fill, which appears under `path` only when the block ends without an error.
 
-    Yields the temporary folder, `.NAME.partial` next to the final one; what an earlier killed run left there is removed.
+    Yields a temporary folder next to the final one, `.NAME.RANDOM.partial`; what earlier killed runs left there is removed. The
+    output is locked meanwhile (see `locks.held`). Where a file system's locks fail, two writers still cannot mix: one of them wins,
+    the other is refused, and with `force` the last one wins.
 
     Raises:
-        LlavaRegionError: `path` exists and is not an empty folder, and `force` is not set; or it is a file, or its parent is
-            not writable.
+        LlavaRegionError: `path` exists and is not an empty folder, and `force` is not set; or it is a file, another process is
+            writing it, its parent is not writable, or the disk is full.
     """
     final = Path(path)
     refuse_existing(final, force)
     if final.exists() and not final.is_dir():
         raise LlavaRegionError(f"{final} is a file; give a folder")
-    temporary = final.parent / f".{final.name}.partial"
+    with locks.held(final):
+        refuse_existing(final, force)
+        _remove_leftovers(final)
+        temporary = _new_folder(final, "partial")
+        try:
+            yield temporary
+            _put_in_place(temporary, final, force)
+        except BaseException as e:
+            if isinstance(e, OSError) and not temporary.exists():  # see `_remove_leftovers`
+                raise LlavaRegionError(f"{final} is in use: another process writes it now; wait for it, or give another output") from e
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _new_folder(final: Path, ending: str) -> Path:
+    """A new hidden folder next to `final`, with the usual permissions."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        folder = Path(tempfile.mkdtemp(dir=final.parent, prefix=locks.hidden(final), suffix=f".{ending}"))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
     except OSError as e:
         raise LlavaRegionError(f"cannot write {final}: {e.strerror}") from e
+    return folder
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove what killed runs left; whoever holds the output's lock knows that their processes are gone.
+
+    Each is renamed before it is emptied: should a process write there after all, then it fails, and its output lacks no file.
+    """
+    # 0.1.0 had one name for all runs
+    own = re.compile(re.escape(locks.hidden(final)) + r"(?:[a-z0-9_]{8}\.)?(?:partial|old)")
+    with suppress(OSError):
+        for left in final.parent.iterdir():
+            if own.fullmatch(left.name) and left.is_dir():
+                gone = _new_folder(final, "old")
+                os.rename(left, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, final: Path, force: bool) -> None:
+    """Rename a whole folder to its final name: nothing that is there is lost without `force`.
+
+    Raises:
+        LlavaRegionError: another process, which no lock kept out, has written `final` meanwhile and `force` is not set.
+    """
+    aside: list[Path] = []
     try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        while not _renamed(temporary, final):
+            refuse_existing(final, force)
+            aside.append(_new_folder(final, "old"))
+            with suppress(FileNotFoundError):  # another process has just moved it away
+                os.rename(final, aside[-1])
+    except BaseException as e:
+        if aside:
+            with suppress(OSError):  # fails where there is one again
+                os.rename(aside[-1], final)
+        if isinstance(e, OSError):
+            raise LlavaRegionError(f"cannot write {final}: {e.strerror}") from e
         raise
-    old = final.parent / f".{final.name}.old"
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(temporary, final)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        for old in aside:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _renamed(folder: Path, final: Path) -> bool:
+    """Rename a folder, also to the name of an empty one; False where there is one with content."""
+    try:
+        os.rename(folder, final)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def refuse_existing(path: str | Path, force: bool = False) -> None:

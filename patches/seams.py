@@ -1,4 +1,4 @@
-"""Import an upstream's modules, check the symbols that the hooks need, and rebind names for the length of a block."""
+"""The hooks: import an upstream's module, check the symbols that are needed, and rebind names in it for the length of a block."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_region.errors import UnsupportedUpstream
+
+if TYPE_CHECKING:
+    from llava_region.patches.upstream import Upstream
+    from llava_region.training.run import RegionRun
 
 
 def import_upstream(name: str, title: str, fix: str) -> ModuleType:
@@ -68,3 +72,32 @@ def rebound(module: ModuleType, **names: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+@contextmanager
+def hooked(upstream: Upstream, run: RegionRun) -> Iterator[None]:
+    """Bind a run's hooks in the upstream's module with train(); at the end, check and complete what it saved.
+
+    At most four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the
+    data, the loss, PEFT and transformers; and the module that defines the trainer, whose `super(ItsTrainer, self)` would
+    call itself endlessly if a subclass were bound under that name.
+
+    Raises:
+        UnsupportedUpstream: the installed upstream lacks a symbol.
+        LlavaRegionError: on leaving, if what was saved is not the region's.
+    """
+    from llava_region.training.arguments import extend_arguments
+    from llava_region.training.finish import finish
+    from llava_region.training.trainer import region_trainer
+
+    module = upstream.train_module()
+    names = {
+        "TrainingArguments": extend_arguments(module.TrainingArguments),
+        upstream.linear_names: run.find_linear_names,
+        upstream.trainer: region_trainer(getattr(module, upstream.trainer), run),
+    }
+    if upstream.save is not None:
+        names[upstream.save] = run.saving_without_cuda(getattr(module, upstream.save))
+    with rebound(module, **names):
+        yield
+        finish(run)

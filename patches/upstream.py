@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
-from llava_region.patches.seams import rebound
+from llava_region.patches.seams import hooked
 
 if TYPE_CHECKING:
     import torch
@@ -256,9 +256,7 @@ class Upstream(ABC):
     def applied(self, tune_layers: str | Region, **options: Any) -> Iterator[RegionRun]:
         """Hook the module with `train()`, so that it tunes a region; everything is put back on leaving.
 
-        At most four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the data, the
-        loss, PEFT and transformers; and the module that defines the trainer, whose `super(ItsTrainer, self)` would call
-        itself endlessly if a subclass were bound under that name.
+        What is rebound is in `seams.hooked`.
 
         Args:
             tune_layers: a layer spec, or a `Region`.
@@ -271,23 +269,11 @@ class Upstream(ABC):
             UnsupportedUpstream: the installed upstream lacks a symbol.
             LlavaRegionError: on leaving, if what was saved is not the region's.
         """
-        from llava_region.training.arguments import extend_arguments
-        from llava_region.training.finish import finish
         from llava_region.training.run import RegionRun
-        from llava_region.training.trainer import region_trainer
 
-        module = self.train_module()
         run = RegionRun(tune_layers, upstream=self, **options)
-        names = {
-            "TrainingArguments": extend_arguments(module.TrainingArguments),
-            self.linear_names: run.find_linear_names,
-            self.trainer: region_trainer(getattr(module, self.trainer), run),
-        }
-        if self.save is not None:
-            names[self.save] = run.saving_without_cuda(getattr(module, self.save))
-        with rebound(module, **names):
+        with hooked(self, run):
             yield run
-            finish(run)
 
     # -- model side
 

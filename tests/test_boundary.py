@@ -20,7 +20,7 @@ PATCHES = sorted((ROOT / "patches").glob("*.py"))
 # what it hooks; `upstreams` looks it up by name.
 LAYERS = (
     ("errors", "run_files"),
-    ("files", "progress", "processes"),
+    ("files", "locks", "progress", "processes"),
     ("region", "plotting"),
     ("decoder", "upstreams"),
     ("data", "checkpoints"),

@@ -27,7 +27,9 @@ PAPER = "Activating Distributed Visual Region within LLMs for Efficient and Effe
 
 def make_dry_run(*arguments: str) -> str:
     """The commands of a make target, made anew whatever is there."""
-    done = subprocess.run(["make", "-n", "-B", *arguments], capture_output=True, text=True, cwd=ROOT)
+    # as from a shell, though `make test` may have started the tests
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", "-n", "-B", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llava_region.checkpoints.adapter_config import lora_config, scalings_of
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name, refuse_not_finite
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE, ADAPTER_FILES

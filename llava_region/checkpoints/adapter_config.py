@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from llava_region.checkpoints.model_source import ModelSource
 from llava_region.checkpoints.pattern_keys import RULES, BadPattern, Matches, matches
-from llava_region.checkpoints.source import ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, TRAINER_BIN_FILES
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

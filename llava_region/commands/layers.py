@@ -12,7 +12,7 @@ def command(
     as_json: bool = typer.Option(False, "--json", help='Print {"layers", "num_layers", "spec"}.'),
 ) -> None:
     """Show which decoder layers a spec means for a model, or the region a model was trained with."""
-    from llava_region.checkpoints.source import ModelSource
+    from llava_region.checkpoints.model_source import ModelSource
     from llava_region.region import Region
     from llava_region.run_files import CONFIG_FILE
 

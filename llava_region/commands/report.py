@@ -37,6 +37,7 @@ def command(
 
     A run is shown as incomplete, and never averaged, if a task is missing, was limited or was not fully answered.
     """
+    from llava_region import locks
     from llava_region.errors import LlavaRegionError
     from llava_region.report.build import build_report, write_report
     from llava_region.report.formats import formats_of
@@ -50,7 +51,10 @@ def command(
     report = build_report(found, table, figure, baseline, paper)
     for remark in report.remarks:
         print(remark, file=sys.stderr)
-    files = [str(path) for path in write_report(report, out, form)] if out else []
+    files = []
+    if out:
+        with locks.held(out):
+            files = [str(path) for path in write_report(report, out, form)]
     if as_json:
         print(json.dumps({**report.to_dict(), "files": files}))
     elif out:

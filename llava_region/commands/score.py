@@ -48,10 +48,12 @@ def command(
     as_json: bool = typer.Option(False, "--json", help="Print what was written (without instances), and the highest layers."),
 ) -> None:
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
-    from llava_region.checkpoints.source import ModelSource
+    from llava_region import locks
+    from llava_region.checkpoints.model_source import ModelSource
+    from llava_region.scores.metrics import parse_metrics
     from llava_region.scores.pass_over_data import Interrupted
     from llava_region.scores.rankings import check_top, show
-    from llava_region.scores.score import Options, parse_metrics, score
+    from llava_region.scores.score import Options, score
 
     source = ModelSource.of(model)
     check_top(source, top)
@@ -61,7 +63,8 @@ def command(
         force=force,
     )  # fmt: skip
     try:
-        result = score(source, data, out, options)
+        with locks.held(out):
+            result = score(source, data, out, options)
     except Interrupted as e:
         print(e, file=sys.stderr)
         raise typer.Exit(130) from e

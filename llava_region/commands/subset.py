@@ -20,10 +20,12 @@ def command(
 
     Records keep their order. The same file, fraction and seed give the same part on every machine.
     """
+    from llava_region import locks
     from llava_region.data.subset import parse_fraction, write_subset
 
     part = parse_fraction(fraction)
-    kept = write_subset(data, out, part, seed, force)
+    with locks.held(out):
+        kept = write_subset(data, out, part, seed, force)
     if as_json:
         counts = {"records": kept.images + kept.texts, "images": kept.images, "texts": kept.texts}
         print(json.dumps({"out": str(out), "fraction": float(part), "seed": seed, **counts}))

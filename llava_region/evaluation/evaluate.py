@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__, processes, tasks
 from llava_region.checkpoints.identity import weights_digest
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.data.images import UnreadableImage, prefetch, read_pixels
 from llava_region.errors import LlavaRegionError
 from llava_region.evaluation.answers_folder import (

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_region.checkpoints.model_folder import check_same_shape
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
+from llava_region.checkpoints.whole_model import check_same_shape
 from llava_region.data.images import prefetch, read_pixels
 from llava_region.data.labels import IGNORE_INDEX
 from llava_region.data.records import read_records, require_images, training_images

@@ -17,7 +17,7 @@ from llava_region.run_files import CONFIG_FILE
 if TYPE_CHECKING:
     import torch
 
-    from llava_region.checkpoints.source import ModelSource
+    from llava_region.checkpoints.model_source import ModelSource
     from llava_region.upstreams import ModelSide
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_region import upstreams
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.decoder import find_decoder_layers
 from llava_region.errors import LlavaRegionError
 from llava_region.models.assemble import load_multimodal, load_text, quiet_errors

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from llava_region.report.runs import Run
 
 # Strategies of `--tune_layers` in Table 1's order, and the metrics of `llava-region score`.

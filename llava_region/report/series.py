@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_region import tasks
 from llava_region.region import sparse_layers
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from llava_region.report.runs import Run
 
 Series = dict[str, Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_region import files, tasks
 from llava_region.errors import LlavaRegionError
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from llava_region.report.formats import TITLES, Line, Table, formats_of, mark_best, missing_text, rounded
 from llava_region.report.runs import Run
 from llava_region.report.selections import place_of, selection_of

@@ -25,8 +25,6 @@ from llava_region.scores.sums import Sums
 if TYPE_CHECKING:
     from llava_region.models.loaded import Embedded
 
-ACTIVATION_METRICS = ("block_influence", "multimodal_block_influence", "angular_distance", "image_attention")
-
 
 def measure(model: nn.Module, batch: Embedded, metrics: Collection[str], sums: Sums) -> Tensor | None:
     """Run the language model over a batch and add its samples to `sums`.

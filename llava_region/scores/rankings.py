@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
 from llava_region.scores.figures import draw

@@ -10,27 +10,17 @@ from typing import Any
 from llava_region import __version__, processes
 from llava_region import files as atomic
 from llava_region.checkpoints.identity import weights_digest
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.models.loading import DTYPES, check_base, load
-from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.angular_distance_weights import angular_distance_weights
 from llava_region.scores.data import Dataset, Sample, read_samples
+from llava_region.scores.metrics import ACTIVATION_METRICS, MEANING, METRICS, WEIGHT_METRICS
 from llava_region.scores.parameter_change import FORMS, masked, parameter_change
 from llava_region.scores.partial import Progress, partial_files
 from llava_region.scores.pass_over_data import Plan, run_pass
 from llava_region.scores.scores_file import correlation
 from llava_region.scores.weight_changes import weight_changes
-
-WEIGHT_METRICS = ("parameter_change", "angular_distance_weights")
-METRICS = ACTIVATION_METRICS + WEIGHT_METRICS
-# what each score is, in the words of `scores.json`
-MEANING = {
-    "block_influence": "1 - mean cosine of a token before and after the layer, over tokens, then samples",
-    "multimodal_block_influence": "1 - (mean over image tokens + mean over text tokens) / 2",
-    "angular_distance": "arccos(cosine) / pi of the layer's input and output at the last token",
-    "image_attention": "attention into image tokens, over heads and queries, by image tokens and heads",
-}
 
 
 @dataclass(frozen=True)
@@ -62,21 +52,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value >= least:  # nor is NaN
                 raise LlavaRegionError(f"--{name.replace('_', '-')} is {value}; allowed: {least} or more")
-
-
-def parse_metrics(text: str) -> tuple[str, ...]:
-    """`all` or names with commas, in the order of `METRICS`.
-
-    Raises:
-        LlavaRegionError: an unknown name.
-    """
-    names = {name.strip() for name in text.split(",")}
-    if names == {"all"}:
-        return METRICS
-    unknown = sorted(names - set(METRICS))
-    if unknown:
-        raise LlavaRegionError(f"unknown metric '{unknown[0]}'; allowed: all, or of {', '.join(METRICS)}")
-    return tuple(name for name in METRICS if name in names)
 
 
 def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_region.checkpoints.adapter import LoraUpdate, read_adapter, trained_whole
-from llava_region.checkpoints.source import ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Entry, Stored, name_in_backbone
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError

@@ -14,7 +14,9 @@ import torch
 
 from llava_region import upstreams
 from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter, trained_whole
-from llava_region.checkpoints.model_folder import (
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
+from llava_region.checkpoints.tensors import Computed, Entry, refuse_not_finite
+from llava_region.checkpoints.whole_model import (
     ModelFolder,
     check_output,
     check_same_shape,
@@ -23,8 +25,6 @@ from llava_region.checkpoints.model_folder import (
     side_files,
     write_model,
 )
-from llava_region.checkpoints.source import ModelLike, ModelSource
-from llava_region.checkpoints.tensors import Computed, Entry, refuse_not_finite
 from llava_region.decoder import declared, is_projector, is_vision, layer_index, part_of
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_region.checkpoints.model_folder import ModelFolder, check_output, read_model, write_model
-from llava_region.checkpoints.source import LAYER_COUNT_KEYS, ModelLike, ModelSource
+from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, ModelLike, ModelSource
+from llava_region.checkpoints.whole_model import ModelFolder, check_output, read_model, write_model
 from llava_region.decoder import layer_index, with_layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_region.checkpoints.model_folder import ModelFolder, cast, check_output, check_same_shape, read_model, write_model
-from llava_region.checkpoints.source import ModelLike
+from llava_region.checkpoints.model_source import ModelLike
 from llava_region.checkpoints.tensors import Entry, name_in_backbone
+from llava_region.checkpoints.whole_model import ModelFolder, cast, check_output, check_same_shape, read_model, write_model
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder

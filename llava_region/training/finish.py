@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def finish(run: RegionRun) -> None:
     if not trainer.args.should_save:
         return
     folder = Path(trainer.args.output_dir)
-    check_full(folder, region) if run.mode == "full" else check_adapter(folder, region)
+    check_full(folder, region) if run.mode == "full" else check_adapter(folder, region, run.lora_modules)
     run.write_record(folder)
     totals["layers"], totals["num_layers"] = list(region.layers), region.num_layers
     totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -41,8 +42,11 @@ def finish(run: RegionRun) -> None:
     print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 
 
-def check_adapter(folder: str | Path, region: Region) -> int:
+def check_adapter(folder: str | Path, region: Region, modules: Iterable[str]) -> int:
     """Re-read a finished LoRA run: its layers are exactly the region's, none is empty, all were changed by training.
+
+    Args:
+        modules: full names of those that LoRA was put on; the file has to hold A and B of each, and nothing else.
 
     Returns:
         the number of tensors in the adapter.
@@ -64,6 +68,11 @@ def check_adapter(folder: str | Path, region: Region) -> int:
     layers = {layer_index(name) for name in tensors}
     if layers != set(region.layers):
         raise LlavaRegionError(f"{file} holds layers {sorted(layers, key=str)}, the region is {list(region.layers)}")
+    expected = {f"base_model.model.{module}.lora_{half}.weight" for module in modules for half in "AB"}
+    wrong = sorted(expected ^ set(tensors))
+    if wrong:
+        what = "lacks" if wrong[0] in expected else "holds, besides what LoRA was put on,"
+        raise LlavaRegionError(f"{file} {what} {wrong[0]} ({len(wrong)} such tensors): the run was not saved whole; see the checkpoints")
     # LoRA's B starts at zero, so a layer whose B are all zero was not trained
     changed = {layer_index(name) for name, tensor in tensors.items() if ".lora_B." in name and bool((tensor != 0).any())}
     if changed != set(region.layers):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_region.training import recompute, supervised_loss
-from llava_region.training.audit import GradientAudit, check_rates
+from llava_region.training.audit import GradientAudit
+from llava_region.training.learning_rates import check_rates
 from llava_region.training.recompute_plan import Workload
 
 if TYPE_CHECKING:

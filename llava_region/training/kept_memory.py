@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llava_region import processes
-from llava_region.checkpoints.source import LAYER_COUNT_KEYS, width_in
+from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, width_in
 from llava_region.decoder import declared, find_decoder_layers, layer_index, linear_modules, parent_of, part_of
 from llava_region.errors import UnsupportedUpstream
 from llava_region.training.recompute_plan import Activations, Workload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import tempfile
 import warnings
 from argparse import Namespace
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_region import processes
-from llava_region.checkpoints.source import num_layers_in
+from llava_region.checkpoints.model_source import num_layers_in
 from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.region import Region
-from llava_region.run_files import CONFIG_FILE, GENERATION_CONFIG_FILE
+from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.resumable import check_resumable
 
@@ -54,6 +55,7 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     recipe = upstream.recipe(args)
     check_flags(args.region_checkpointing, args.region_memory, args.gradient_checkpointing)
     check_combination(args, recipe)
+    check_no_adapter(recipe)
     config = model_config(recipe)
     region = Region.parse(args.tune_layers, num_layers_in(config, f"{recipe.model}/{CONFIG_FILE}"))
     upstream.check(args, config)
@@ -97,6 +99,36 @@ def check_combination(args: Namespace, recipe: Recipe) -> None:
             raise LlavaRegionError(
                 f"--{name} {getattr(args, name)} fails when its turn comes, as upstream has no evaluation data; allowed: no"
             )
+
+
+def check_no_adapter(recipe: Recipe) -> None:
+    """Refuse to start from a LoRA run: transformers would load its base and put the adapter on, and training a second one around it.
+
+    That holds for whole weights next to an adapter too: transformers ignores them, and loads the base that the adapter names.
+
+    Raises:
+        LlavaRegionError: names the command that merges the run.
+    """
+    model, flag = str(recipe.model), recipe.flags["model"]
+    folder = Path(model)
+    if folder.is_dir():
+        adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    else:
+        try:
+            adapter = model_file(recipe, ADAPTER_CONFIG_FILE) is not None
+        except LlavaRegionError:  # offline, and not in the cache: transformers would not find it either
+            adapter = False
+    if not adapter:
+        return
+    if any(any(folder.glob(pattern)) for pattern in WEIGHT_GLOBS):
+        raise LlavaRegionError(
+            f"{flag} {model} holds {ADAPTER_CONFIG_FILE} next to whole weights, which transformers would ignore for those of the adapter's "
+            f"base; if the adapter is merged into them, remove {ADAPTER_CONFIG_FILE}, else give a folder that holds one of the two"
+        )
+    raise LlavaRegionError(
+        f"{flag} {model} is a LoRA run, and a second adapter would be trained around its own; merge it first with "
+        f"'llava-region merge {shlex.quote(model)} --out MERGED', and give {flag} MERGED"
+    )
 
 
 def model_config(recipe: Recipe) -> dict[str, Any]:

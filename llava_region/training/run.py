@@ -47,6 +47,7 @@ class RegionRun:
         self.base_model = base_model
         self.fix_generation_config = fix_generation_config
         self.mode: str | None = None
+        self.lora_modules: list[str] = []
         self.trainer: Any = None
 
     def resolve(self, model: nn.Module) -> Region:
@@ -69,8 +70,17 @@ class RegionRun:
         """In place of upstream's `find_all_linear_names`: full names within the region, so that PEFT targets exactly those.
 
         Upstream returns leaf names such as `q_proj`, which match every layer, and the vision tower where it is attached.
+
+        Raises:
+            LlavaRegionError: the model has an adapter already, around whose layers another would be put.
         """
-        return linear_modules(model, self.resolve(model).layers)
+        there = next((name for name, _ in model.named_parameters() if "lora_" in name), None)
+        if there is not None:
+            raise LlavaRegionError(
+                f"the model has an adapter already ({there}); merge it with 'llava-region merge' and start from the result"
+            )
+        self.lora_modules = linear_modules(model, self.resolve(model).layers)
+        return self.lora_modules
 
     def prepare_model(self, model: Any, args: Any) -> None:
         """Freeze what is not to be tuned (full tuning), check that nothing else trains, and note the region in the config.

@@ -11,9 +11,9 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import NON_LORA_FILE
-from llava_region.training.audit import name_and_drop_groups
 from llava_region.training.cost import CostMeter, write_cost
 from llava_region.training.first_step import FirstStep
+from llava_region.training.learning_rates import name_and_drop_groups
 from llava_region.training.recompute import out_of_memory_hint
 from llava_region.training.resumable import check_resumable, drop_incomplete
 from llava_region.training.resume import (

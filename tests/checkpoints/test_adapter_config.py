@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_region.checkpoints.adapter_config import lora_config
-from llava_region.checkpoints.source import ModelSource
+from llava_region.checkpoints.model_source import ModelSource
 from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.errors import LlavaRegionError
 from llava_region.models import load

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_region import tasks
 from llava_region.region import Region
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from llava_region.report.formats import Table
 from llava_region.report.runs import read_runs
 from llava_region.report.tables import TABLES, build_table, find_baselines

@@ -12,7 +12,7 @@ pytest.importorskip("llava.model")
 import torch
 from PIL import Image
 
-from llava_region.checkpoints.source import ModelSource
+from llava_region.checkpoints.model_source import ModelSource
 from llava_region.data.labels import IGNORE_INDEX
 from llava_region.errors import LlavaRegionError
 from llava_region.models import load

@@ -8,7 +8,7 @@ import pytest
 
 from llava_region import tasks
 from llava_region.region import Region
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from tests.helpers.report_runs import LLAMA, VICUNA, WHOLE, cost, evaluated, printed, region_of
 
 

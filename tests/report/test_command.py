@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.command_line import run
+from llava_region import locks
+from tests.helpers.command_line import refused, run
 
 
 def test_command_prints_markdown_and_json(table_2: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +85,13 @@ def test_tables_need_neither_torch_nor_matplotlib(table_2: list[Path]) -> None:
     code = "import sys; from llava_region.cli import main; main(sys.argv[1:]); print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code, "report", *map(str, table_2)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_report_in_use_is_refused(
+    table_2: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locks.held(tmp_path / "out"):
+        monkeypatch.setattr(locks, "_held", set())
+        assert "in use: process " in refused(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert run(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out").code == 0

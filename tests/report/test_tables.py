@@ -12,7 +12,7 @@ import pytest
 from llava_region import tasks
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
-from llava_region.report import paper
+from llava_region.report import paper_numbers as paper
 from llava_region.report.formats import cells, comma_separated, heads, mark_best, rounded
 from llava_region.report.runs import read_runs
 from llava_region.report.selections import METRICS

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llava_region.models import load
-from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
 from llava_region.scores.image_attention import image_attention
+from llava_region.scores.metrics import ACTIVATION_METRICS
 from llava_region.scores.pass_over_data import Plan, run_pass
 from llava_region.scores.sums import Sums
 from tests.helpers.scores_reference import mixed_records, reference_scores

@@ -17,7 +17,8 @@ from llava_region import cli
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
 from llava_region.scores import pass_over_data
-from llava_region.scores.score import METRICS, Options
+from llava_region.scores.metrics import METRICS
+from llava_region.scores.score import Options
 from tests.helpers.scores_reference import mixed_records
 from tests.helpers.training_runs import LORA, environment, llava_flags
 

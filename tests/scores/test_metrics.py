@@ -10,11 +10,12 @@ import torch
 from llava_region.decoder import find_decoder_layers
 from llava_region.errors import LlavaRegionError
 from llava_region.scores import image_attention as image_attention_module
-from llava_region.scores.activations import ACTIVATION_METRICS, forward_decoder, measure
+from llava_region.scores.activations import forward_decoder, measure
 from llava_region.scores.angular_distance import angular_distance, last_token
 from llava_region.scores.attention_inputs import attention_of
 from llava_region.scores.block_influence import block_influence, modality_cosines, multimodal_block_influence, token_cosines
 from llava_region.scores.image_attention import image_attention
+from llava_region.scores.metrics import ACTIVATION_METRICS
 from llava_region.scores.sums import Sums
 
 

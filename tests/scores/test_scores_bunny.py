@@ -7,8 +7,8 @@ import torch
 
 from llava_region.decoder import find_decoder_layers
 from llava_region.models import load
-from llava_region.scores.activations import ACTIVATION_METRICS
 from llava_region.scores.data import embed_inputs, read_samples
+from llava_region.scores.metrics import ACTIVATION_METRICS
 from llava_region.scores.pass_over_data import Plan, run_pass
 from tests.helpers.bunny_models import MODEL_TYPES, write_bunny
 from tests.helpers.scores_reference import mixed_records, reference_scores

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_region.checkpoints.model_folder import ModelFolder
 from llava_region.checkpoints.tensors import Checkpoint
+from llava_region.checkpoints.whole_model import ModelFolder
 from llava_region.cli import main
 from llava_region.decoder import layer_index, with_layer_index
 from llava_region.errors import LlavaRegionError

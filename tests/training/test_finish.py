@@ -10,6 +10,7 @@ from llava_region import LlavaRegionError, Region
 from llava_region.training.finish import check_adapter, check_full, finish
 
 REGION = Region((1, 6), 8, "1,6")
+MODULES = [f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 6)]
 
 
 def adapter(**changes) -> dict[str, torch.Tensor]:
@@ -34,15 +35,40 @@ def adapter(**changes) -> dict[str, torch.Tensor]:
 def test_adapter(tmp_path, changes, message):
     save_file(adapter(**changes), tmp_path / "adapter_model.safetensors")
     if message is None:
-        assert check_adapter(tmp_path, REGION) == 4
+        assert check_adapter(tmp_path, REGION, MODULES) == 4
         return
     with pytest.raises(LlavaRegionError, match=message):
-        check_adapter(tmp_path, REGION)
+        check_adapter(tmp_path, REGION, MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            "model.layers.1.self_attn.q_proj.base_layer",
+            r"holds, besides what LoRA was put on, .*q_proj\.base_layer\.lora_A\.weight \(2 such",
+        ),
+        ("model.layers.6.mlp.up_proj", r"holds, besides what LoRA was put on, .*up_proj\.lora_A"),
+        ("base_model.model.model.layers.6.self_attn.q_proj", "holds, besides what LoRA was put on"),
+    ],
+)
+def test_an_adapter_holds_nothing_besides(tmp_path, module, message):
+    """An adapter within an adapter is of the region's layers too."""
+    more = {f"base_model.model.{module}.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file(adapter() | more, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LlavaRegionError, match=message):
+        check_adapter(tmp_path, REGION, MODULES)
+
+
+def test_an_adapter_holds_every_module(tmp_path):
+    save_file(adapter(), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LlavaRegionError, match=r"lacks .*layers\.6\.mlp\.up_proj\.lora_A\.weight"):
+        check_adapter(tmp_path, REGION, [*MODULES, "model.layers.6.mlp.up_proj"])
 
 
 def test_no_adapter(tmp_path):
     with pytest.raises(LlavaRegionError, match="left no adapter"):
-        check_adapter(tmp_path, REGION)
+        check_adapter(tmp_path, REGION, MODULES)
 
 
 def test_full_model(tmp_path):

@@ -9,8 +9,8 @@ from llava_region.errors import LlavaRegionError
 from llava_region.patches.upstream import Recipe
 from llava_region.region import Region
 from llava_region.training import first_step
-from llava_region.training.audit import name_and_drop_groups
 from llava_region.training.first_step import FirstStep
+from llava_region.training.learning_rates import name_and_drop_groups
 from tests.helpers.region_models import batch, build
 
 REGION = Region((1, 4), 6, "1,4")

@@ -57,6 +57,31 @@ def test_missing_files(refused, tmp_path):
     assert "scripts/deepspeed" in refused(deepspeed=tmp_path / "zero3.json")
 
 
+def test_start_from_a_lora_run(refused, lora_run, tiny, tmp_path, monkeypatch):
+    """transformers would load the adapter's base, and PEFT nest a second adapter in the first."""
+    line = refused(model_name_or_path=lora_run)
+    assert f"{lora_run} is a LoRA run" in line and f"'llava-region merge {lora_run} --out MERGED'" in line
+    # a checkpoint of one, of a run by upstream itself: no config.json
+    checkpoint = tmp_path / "a run" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(lora_run / name, checkpoint)
+    assert f"llava-region merge '{checkpoint}' --out" in refused(model_name_or_path=checkpoint)
+    assert "is a LoRA run" in refused(model_name_or_path=checkpoint, lora_enable=False)
+    both = tmp_path / "both"
+    shutil.copytree(tiny.backbone, both)
+    shutil.copy(lora_run / "adapter_config.json", both)
+    line = refused(model_name_or_path=both)
+    assert "next to whole weights, which transformers would ignore" in line and "remove adapter_config.json" in line
+    # by its hub name, in the cache
+    repository = tmp_path / "hub" / "models--someone--run"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(lora_run, repository / "snapshots" / "abc")
+    line = refused(model_name_or_path="someone/run", cache_dir=tmp_path / "hub")
+    assert "'llava-region merge someone/run --out MERGED'" in line
+
+
 def test_output_folder(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(output_dir=tmp_path / "file")

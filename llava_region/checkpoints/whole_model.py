@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava_region import upstreams
-from llava_region.checkpoints.source import LAYER_COUNT_KEYS, WIDTH_KEYS, ModelLike, ModelSource, num_layers_in
+from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, WIDTH_KEYS, ModelLike, ModelSource, num_layers_in
 from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
 from llava_region.decoder import declared, layer_index
 from llava_region.errors import LlavaRegionError

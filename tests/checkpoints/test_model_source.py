@@ -14,7 +14,7 @@ import pytest
 
 from llava_region import cli, run_files
 from llava_region.checkpoints.identity import weights_digest
-from llava_region.checkpoints.source import ModelSource, num_layers_in, width_in
+from llava_region.checkpoints.model_source import ModelSource, num_layers_in, width_in
 from llava_region.errors import LlavaRegionError
 
 ROOT = Path(__file__).parents[2]

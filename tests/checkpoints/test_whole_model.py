@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_region.checkpoints.model_folder import read_model
+from llava_region.checkpoints.whole_model import read_model
 from llava_region.errors import LlavaRegionError
 
 
