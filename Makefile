@@ -3,6 +3,7 @@
 # make lint   ruff, and pyright over the package as it is installed (patches/ inside it)
 # make wheel-smoke   build sdist and wheel, and run the wheel from a clean environment
 # make test-bunny BUNNY_ROOT=DIR   the tests against a checkout of Bunny
+# make soak SOAK_MINUTES=20   kill, stop, starve and start twice what takes long, at random moments (SOAK_SEED repeats a sequence)
 #
 # Each makes the virtual environment it needs. Python 3.10 to 3.12, make and g++ are enough.
 # torch is installed from your package index: on Linux that is a CUDA build of several gigabytes. TORCH names another one:
@@ -14,11 +15,12 @@ TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BUNNY_VENV ?= .venv-bunny
 PYTEST_FLAGS ?= -q
+SOAK_MINUTES ?= 20
 
 export HF_HUB_OFFLINE = 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint test-bunny wheel-smoke clean install install-llava install-bunny dependencies-llava dependencies-bunny
+.PHONY: test demo lint soak test-bunny wheel-smoke clean install install-llava install-bunny dependencies-llava dependencies-bunny
 install: install-llava
 install-llava: $(VENV)/.ready
 install-bunny: $(BUNNY_VENV)/.ready
@@ -53,6 +55,9 @@ $(BUNNY_VENV)/.dependencies: Makefile tests/requirements-bunny.txt
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+soak: $(VENV)/.ready
+	SOAK_MINUTES=$(SOAK_MINUTES) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/soak
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python scripts/demo.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class _Verb(ModuleType):
 
     def __init__(self, name: str, home: str):
         super().__init__(f"{__name__}.{name}", f"See `{home}`, which is imported at the first use.")
+        self.__spec__ = ModuleSpec(self.__name__, None)  # importlib.util.find_spec asks for it
         self._verb, self._home = name, home
 
     def __getattr__(self, name: str) -> Any:

@@ -118,12 +118,12 @@ def with_layer_index(name: str, index: int) -> str:
 
 def is_projector(name: str) -> bool:
     """Whether a parameter of this name belongs to the projector (or resampler, or another part between tower and layers)."""
-    return any(component in declared().projector for component in name.split("."))
+    return not set(name.split(".")).isdisjoint(declared().projector)
 
 
 def is_vision(name: str) -> bool:
     """Whether a parameter of this name belongs to the vision tower."""
-    return any(component in declared().vision for component in name.split("."))
+    return not set(name.split(".")).isdisjoint(declared().vision)
 
 
 def is_embeddings(name: str) -> bool:

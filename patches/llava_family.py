@@ -123,8 +123,9 @@ class LLaVAFamily(Upstream):
             *prepared, labels = merge(*args, **kwargs)
             return (*prepared, receive(labels))
 
+        own = vars(model).get(MERGE)  # None where it is the class's
         setattr(model, MERGE, merged)
-        return functools.partial(delattr, model, MERGE)
+        return functools.partial(delattr, model, MERGE) if own is None else functools.partial(setattr, model, MERGE, own)
 
     def checkout_of(self, script: Path) -> Path | None:
         """Of `ROOT/llava/train/train_mem.py`, for example: ROOT."""

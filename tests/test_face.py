@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,7 @@ def test_everything_promised_is_there():
 def test_unknown_name_is_an_attribute_error(name):
     code = f"import llava_region\ntry:\n    llava_region.{name}\nexcept AttributeError as e:\n    print(e)"
     assert printed(code) == f"module 'llava_region' has no attribute '{name}'"
+
+
+def test_old_modules_can_be_looked_up():
+    assert importlib.util.find_spec("llava_region.merge") is not None

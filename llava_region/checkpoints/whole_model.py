@@ -16,7 +16,7 @@ from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, WIDTH_KEYS, 
 from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
 from llava_region.decoder import declared, layer_index
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json, refuse_existing, write_json
+from llava_region.files import follow_links, read_json, refuse_existing, write_json
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, TRAINER_FILES
 
 # Two models whose configs differ in one of these have tensors of different shapes. The last two are MPT's.
@@ -121,7 +121,7 @@ def check_output(out: str | Path, inputs: Iterable[str | Path], force: bool) -> 
     Raises:
         LlavaRegionError: `out` is an input or holds one, or exists and `force` is not set.
     """
-    final = Path(out).resolve()
+    final = follow_links(out)
     for folder in inputs:
         if Path(folder).resolve().is_relative_to(final):
             raise LlavaRegionError(f"--out {out} would replace the input {folder}; give another folder")

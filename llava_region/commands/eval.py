@@ -50,7 +50,7 @@ def command(
     else:
         if not model or not out:
             raise LlavaRegionError("give a MODEL and --out, or --predictions with an answers file to score")
-        with locks.held(out):
+        with locks.held_by_run(out, wait=locks.STALE):
             results = evaluate(
                 model, names, data_root, out, base=base, batch_size=batch_size, limit=limit, workers=workers, device=device, dtype=dtype,
                 template=template,

@@ -12,12 +12,16 @@ def command(
     as_json: bool = typer.Option(False, "--json", help='Print {"layers", "num_layers", "spec"}.'),
 ) -> None:
     """Show which decoder layers a spec means for a model, or the region a model was trained with."""
-    from llava_region.checkpoints.model_source import ModelSource
+    from llava_region.checkpoints.model_source import ModelSource, num_layers_in
+    from llava_region.files import read_json
     from llava_region.region import Region
     from llava_region.run_files import CONFIG_FILE
 
     model = model.parent if model.name == CONFIG_FILE and model.is_file() else model
-    region = Region.load(model) if spec is None else Region.parse(spec, ModelSource.of(model).num_layers)
+    if spec is None:
+        region = Region.load(model)
+    else:  # a file: a config under any name
+        region = Region.parse(spec, num_layers_in(read_json(model), str(model)) if model.is_file() else ModelSource.of(model).num_layers)
     if as_json:
         print(json.dumps(region.to_dict()))
         return

@@ -63,7 +63,7 @@ def command(
         force=force,
     )  # fmt: skip
     try:
-        with locks.held(out):
+        with locks.held_by_run(out, wait=locks.STALE):
             result = score(source, data, out, options)
     except Interrupted as e:
         print(e, file=sys.stderr)

@@ -29,7 +29,8 @@ def test_an_output_in_use_is_refused(
     (places["MODEL"] / "config.json").write_text(MODEL)
     (places["MODEL"] / "model.safetensors").write_bytes(b"")
     before = sorted(tmp_path.iterdir())
-    with locks.held(places["OUT"]):
-        monkeypatch.setattr(locks, "_held", set())  # as another process sees it
+    with locks.held(places["OUT"]), monkeypatch.context() as patch:
+        patch.setattr(locks, "_held", {})  # as another process sees it
+        patch.setattr(locks, "STALE", 0)
         assert "in use: process " in refused(capsys, *[places.get(arg, arg) for arg in argv])
     assert sorted(tmp_path.iterdir()) == before

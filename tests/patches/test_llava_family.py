@@ -28,3 +28,12 @@ def test_labels_are_handed_over_where_image_features_are_put_in(name):
     assert "prepare_inputs_labels_for_multimodal" not in vars(model)
     assert model.prepare_inputs_labels_for_multimodal(1, labels=2) == (1, None, 2)
     assert upstream.intercept_labels(nn.Linear(1, 1), seen.append) is None
+
+
+def test_a_method_of_the_model_itself_comes_back():
+    model = nn.Linear(1, 1)
+    own = model.prepare_inputs_labels_for_multimodal = lambda ids, labels=None: (ids, labels)
+    undo = upstreams.get("llava").intercept_labels(model, lambda labels: None)
+    assert model.prepare_inputs_labels_for_multimodal is not own
+    undo()
+    assert model.prepare_inputs_labels_for_multimodal is own

@@ -91,7 +91,8 @@ def test_a_report_in_use_is_refused(
     table_2: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with locks.held(tmp_path / "out"):
-        monkeypatch.setattr(locks, "_held", set())
-        assert "in use: process " in refused(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out")
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_held", {})
+            assert "in use: process " in refused(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert run(capsys, "report", *table_2, "--table", 2, "--out", tmp_path / "out").code == 0
