@@ -13,6 +13,7 @@ from typing import Any
 from llava_region import tasks
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
+from llava_region.region import read_region_json
 from llava_region.run_files import COST_FILE, REGION_FILE, RESULTS_FILE
 
 
@@ -124,7 +125,7 @@ def _read_results(folder: Path) -> tuple[dict[str, Any], Path]:
     """What `results.json` of an evaluation says, or the same keys for a training run's folder; and the file it came from."""
     path, region = folder / RESULTS_FILE, folder / REGION_FILE
     if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
-        return {"model": str(folder), "upstream": None, "region": read_json(region), "tasks": {}}, region
+        return {"model": str(folder), "upstream": None, "region": read_region_json(folder), "tasks": {}}, region
     if not path.is_file():
         raise LlavaRegionError(
             f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval', or a finished training run"
