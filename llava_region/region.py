@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,7 @@ ALLOWED = (
 )
 
 MOST_LAYERS = 100_000  # far beyond any model; a damaged file may say anything
+_COPY = "copy the file again from the run"
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,11 @@ class Region:
         """Inverse of `to_dict`; other keys of `region.json` are ignored.
 
         Raises:
-            LlavaRegionError: a key is missing or the layers do not fit.
+            LlavaRegionError: a key is missing or of a wrong type, or the layers do not fit.
         """
-        try:
-            layers, num_layers = tuple(data["layers"]), data["num_layers"]
-        except (KeyError, TypeError) as e:
-            raise LlavaRegionError(f"not a region: {e} is missing; allowed: an object with 'layers' and 'num_layers'") from e
-        return cls(layers, num_layers, data.get("spec", ",".join(map(str, layers))), data.get("scores"))
+        data = check_record(data, "the region")
+        spec = data.get("spec") or ",".join(map(str, data["layers"]))
+        return cls(tuple(data["layers"]), data["num_layers"], spec, data.get("scores"))
 
     @classmethod
     def load(cls, folder: str | Path) -> Region:
@@ -124,12 +123,72 @@ def region_record(folder: Path, config: Mapping[str, Any] | None = None) -> dict
 
     Args:
         config: the content of that `config.json`, where it was read already.
+
+    Raises:
+        LlavaRegionError: it is malformed, see `check_record`.
     """
     if (folder / REGION_FILE).is_file():
-        return read_json(folder / REGION_FILE)
-    if config is not None:
-        return config.get("visual_region")
-    return read_json(folder / CONFIG_FILE).get("visual_region") if (folder / CONFIG_FILE).is_file() else None
+        return check_record(read_json(folder / REGION_FILE), str(folder / REGION_FILE))
+    if config is None:
+        config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    record = config.get("visual_region") if isinstance(config, dict) else None
+    return None if record is None else check_record(record, f"'visual_region' of {folder / CONFIG_FILE}")
+
+
+def check_record(record: Any, name: str) -> dict:
+    """The record of a region itself, where what it says of layers can be true.
+
+    Args:
+        record: the content of `region.json`.
+        name: how to call it in the message.
+
+    Raises:
+        LlavaRegionError: it is no object; `num_layers` is no whole number from 1 on; layers (its own, reverted ones, those before
+            pruning) are no ascending, distinct indices of as many; or another field is of a wrong type.
+    """
+    if not isinstance(record, dict):
+        raise LlavaRegionError(f"{name} is {_shortened(record)}; allowed: an object with 'layers' and 'num_layers'; {_COPY}")
+    count = _count_in(record, "num_layers", name)
+    for key, kind in (("spec", str), ("base_model", str), ("scores", dict), ("reverted", dict), ("pruned", dict), ("merged_from", dict)):
+        if record.get(key) is not None and not isinstance(record[key], kind):
+            allowed = "a text" if kind is str else "an object"
+            raise LlavaRegionError(f"'{key}' in {name} is {_shortened(record[key])}; allowed: {allowed}; {_COPY}")
+    layers, pruned = _layers_in(record, "layers", count, name), record.get("pruned")
+    if record.get("reverted") is not None:
+        _layers_in(record["reverted"], "layers", count, f"'reverted' of {name}")
+    if pruned is not None:
+        name = f"'pruned' of {name}"
+        before = _count_in(pruned, "original_num_layers", name)
+        original, old = (_layers_in(pruned, key, before, name) for key in ("original_layers", "new_to_old"))
+        if len(old) != count:
+            raise LlavaRegionError(f"'new_to_old' in {name} has {len(old)} layers for {count}; {_COPY}")
+        left = [old.index(layer) for layer in original if layer in old]
+        if list(layers) != left:
+            raise LlavaRegionError(f"'layers' beside {name} are {layers}, but those that pruning left are {left}; {_COPY}")
+    elif not layers:
+        raise LlavaRegionError(f"'layers' in {name} is []; allowed: at least one of 0 to {count - 1}; {_COPY}")
+    return record
+
+
+def _count_in(record: Mapping[str, Any], key: str, name: str) -> int:
+    count = record.get(key)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise LlavaRegionError(f"'{key}' in {name} is {_shortened(count)}; allowed: a whole number from 1 on; {_COPY}")
+    return count
+
+
+def _layers_in(record: Mapping[str, Any], key: str, count: int, name: str) -> Sequence[int]:
+    layers: Any = record.get(key)
+    whole = isinstance(layers, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
+    if not whole or list(layers) != sorted(set(layers)) or not all(0 <= i < count for i in layers):
+        allowed = f"a list of ascending, distinct layers from 0 to {count - 1}"
+        raise LlavaRegionError(f"'{key}' in {name} is {_shortened(layers)}; allowed: {allowed}; {_COPY}")
+    return layers
+
+
+def _shortened(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_region_json(folder: str | Path) -> dict:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llava_region import LlavaRegionError, Region
-from llava_region.region import layer_ranges
+from llava_region.checkpoints.model_source import ModelSource
+from llava_region.region import layer_ranges, read_region_json
 
 PAPER = [  # section 4.1 and footnote 2 of section 4.2
     ("sparse:8", 32, [0, 4, 8, 12, 18, 22, 26, 30]),
@@ -121,3 +122,57 @@ def test_a_model_of_more_layers_than_there_can_be(spec):
     with pytest.raises(LlavaRegionError, match="decoder layers"):
         Region.from_dict({"layers": [1], "num_layers": 10**30})
     assert len(Region.parse("all", 1000)) == 1000
+
+
+RECORD = {"layers": [1, 6], "num_layers": 8, "spec": "1,6"}
+PRUNED = {
+    "layers": [1, 4], "num_layers": 5, "spec": "1,4",
+    "pruned": {
+        "dropped": [2, 4, 7], "original_num_layers": 8, "new_to_old": [0, 1, 3, 5, 6], "original_layers": [1, 6], "original_spec": "1,6",
+    },
+}  # fmt: skip
+ALL_GONE = {
+    **PRUNED, "layers": [], "num_layers": 6, "spec": "",
+    "pruned": {**PRUNED["pruned"], "dropped": [1, 6], "new_to_old": [0, 2, 3, 4, 5, 7]},
+}  # fmt: skip
+MALFORMED = [
+    *[({**RECORD, "layers": layers}, "'layers' in") for layers in (
+        [-1, 2], "1,6", [1, 1], [], True, [1.0, 6.0], [1, 8], [6, 1], [True, 6], None, {"1": 6}, 1, ["1", "6"], [[1, 6]], [1, None],
+    )],
+    *[({**RECORD, "num_layers": count}, "'num_layers' in") for count in (None, "8", 8.0, True, 0, -8, [8])],
+    ({**RECORD, "num_layers": 4}, "'layers' in"),
+    *[({**RECORD, key: 3}, f"'{key}' in .*is 3; allowed") for key in ("spec", "base_model", "reverted", "pruned", "merged_from", "scores")],
+    ({**RECORD, "reverted": {"layers": [9]}}, "'layers' in 'reverted' of"),
+    ({**RECORD, "pruned": {}}, "'original_num_layers' in 'pruned' of"),
+    ({**PRUNED, "pruned": {**PRUNED["pruned"], "new_to_old": [0, 1]}}, "has 2 layers for 5"),
+    ({**PRUNED, "pruned": {**PRUNED["pruned"], "new_to_old": [0, 1, 3, 5, 8]}}, "'new_to_old' in"),
+    ({**PRUNED, "pruned": {**PRUNED["pruned"], "original_layers": "1,6"}}, "'original_layers' in"),
+    ({**PRUNED, "layers": [1, 3]}, r"pruning left are \[1, 4\]"),
+    ({**PRUNED, "layers": []}, r"pruning left are \[1, 4\]"),
+    ([1, 6], "is .* allowed: an object"),
+    ("1,6", "is '1,6'; allowed: an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["region.json", "config.json"])
+@pytest.mark.parametrize(("record", "message"), MALFORMED)
+def test_a_record_that_cannot_be_true(tmp_path, place, record, message):
+    (tmp_path / place).write_text(json.dumps(record if place == "region.json" else {"visual_region": record}))
+    if place == "region.json":
+        (tmp_path / "config.json").write_text("{}")
+    for read in (Region.load, read_region_json, lambda folder: ModelSource(folder).region):
+        with pytest.raises(LlavaRegionError, match=message) as error:
+            read(tmp_path)
+        assert place in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("record", [
+    RECORD, PRUNED, ALL_GONE, {"layers": [0], "num_layers": 1}, {**RECORD, "scores": None, "pruned": None, "base_model": None},
+    {**RECORD, "reverted": {"layers": [0, 7], "base": "b"}, "merged_from": {"run": "r", "base": "b"}, "of a later version": [3]},
+])  # fmt: skip
+def test_a_record_that_can_be_true(tmp_path, record):
+    (tmp_path / "region.json").write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text("{}")
+    assert read_region_json(tmp_path) == record == ModelSource(tmp_path).region
+    if record["layers"]:
+        assert list(Region.load(tmp_path).layers) == record["layers"]

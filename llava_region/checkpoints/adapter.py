@@ -14,7 +14,7 @@ import torch
 
 from llava_region.checkpoints.adapter_config import lora_config, scalings_of
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
-from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name
+from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name, refuse_not_finite
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE, ADAPTER_FILES
 
@@ -30,6 +30,7 @@ class LoraUpdate:
     b: Entry
     scaling: float
     fan_in_fan_out: bool = False
+    module: str = ""
 
     def shape_for(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the update for a weight of shape `weight`: (out, in), or (in, out) where the weight is stored so."""
@@ -37,9 +38,25 @@ class LoraUpdate:
         # PEFT itself ignores fan_in_fan_out on nn.Linear, hence only where nothing else fits
         return shape[::-1] if self.fan_in_fan_out and weight != shape else shape
 
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in fp32.
+
+        Raises:
+            LlavaRegionError: one of them holds NaN or infinity.
+        """
+        a, b = (
+            refuse_not_finite(half.load().float(), f"{self.module}.lora_{letter}", "of the adapter", "give a checkpoint from before that")
+            for half, letter in ((self.a, "A"), (self.b, "B"))
+        )
+        return a, b
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Add the update to `weight` in place, computed in fp32 and cast once; returns it."""
-        a, b = self.a.load().float(), self.b.load().float()
+        """Add the update to `weight` in place, computed in fp32 and cast once; returns it.
+
+        Raises:
+            LlavaRegionError: A or B holds NaN or infinity.
+        """
+        a, b = self.halves()
         if self.shape_for(tuple(weight.shape)) != (len(b), a.shape[1]):
             a, b = b.T, a.T
         for start in range(0, len(weight), _ROWS):
@@ -128,4 +145,4 @@ def _update(module: str, pair: dict[str, Entry], scaling: tuple[int, float], con
         raise LlavaRegionError(
             f"LoRA on '{module}' has A {a.shape} and B {b.shape}, {ADAPTER_CONFIG_FILE} says rank {rank}; files do not belong together"
         )
-    return LoraUpdate(a, b, factor, bool(config.get("fan_in_fan_out")))
+    return LoraUpdate(a, b, factor, bool(config.get("fan_in_fan_out")), module)

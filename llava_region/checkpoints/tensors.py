@@ -37,6 +37,9 @@ _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 # One read or write: calls of many MB were several times slower.
 _IO_BYTES = 1 << 20
+# Computed from the config: some checkpoints store it, some do not, loading ignores it.
+NOT_TRAINED = "rotary_emb.inv_freq"
+_AGAIN = "copy or download the checkpoint again"
 # A mapped .bin file counts as resident where it was read; after this many bytes it is mapped anew.
 _MAPPED_BYTES = 1 << 26
 
@@ -88,18 +91,23 @@ class Checkpoint(Mapping[str, Entry]):
         path: a model folder, or one `.safetensors` or `.bin` file.
 
     Raises:
-        LlavaRegionError: not a checkpoint; a shard that the index names is missing; a file is truncated or damaged; or a
-            `.bin` holds more than tensors.
+        LlavaRegionError: not a checkpoint; index and shards do not agree on which tensor is where; a file is truncated or damaged;
+            or a `.bin` holds more than tensors.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.shards: dict[Path, list[str]] = {}
         self._entries: dict[str, Entry] = {}
-        for file in weight_files(self.path):
+        files = weight_files(self.path)
+        for file in files:
             entries = _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
+            for name in entries:
+                if name in self._entries:
+                    raise LlavaRegionError(f"'{name}' is in two shards of {self.path}, one of them {file.name}; {_AGAIN}")
             self.shards[file] = list(entries)
             self._entries.update(entries)
+        _check_index(self.path, self.shards)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -140,15 +148,39 @@ def weight_files(path: Path) -> list[Path]:
         raise LlavaRegionError(f"{path} is not a checkpoint: it holds none of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
         return [found]
-    index = read_json(found)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
-        raise LlavaRegionError(f"{found} is not an index of shards; allowed: 'weight_map' from tensor names to files next to it")
-    files = [path / name for name in dict.fromkeys(names.values())]
+    files = [path / name for name in dict.fromkeys(_weight_map(found).values())]
     for file in files:
         if not file.is_file():
-            raise LlavaRegionError(f"{found.name} of {path} names {file.name}, which is missing; copy or download the checkpoint again")
+            raise LlavaRegionError(f"{found.name} of {path} names {file.name}, which is missing; {_AGAIN}")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, as an index of shards says it."""
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise LlavaRegionError(f"{index} is not an index of shards; allowed: 'weight_map' from tensor names to files next to it")
+    for name, file in names.items():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith((".safetensors", ".bin")):
+            raise LlavaRegionError(f"{index} has '{name}' in {file!r}; allowed: a .safetensors or .bin file next to it")
+    return names
+
+
+def _check_index(path: Path, shards: Mapping[Path, list[str]]) -> None:
+    """Refuse shards that hold other tensors than the index names. Loading takes a tensor from the shard that the index names."""
+    index = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path) if path.is_dir() else path
+    if index.suffix != ".json":
+        return
+    named = _weight_map(index)
+    found = {name: file.name for file, names in shards.items() for name in names}
+    for name, file in named.items():
+        if found.get(name) != file and not (name not in found and name.endswith(NOT_TRAINED)):
+            where = f"is in {found[name]}" if name in found else "is in no shard"
+            raise LlavaRegionError(f"{index} has '{name}' in {file}, but it {where}; {_AGAIN}")
+    for name, file in found.items():
+        if name not in named and not name.endswith(NOT_TRAINED):
+            raise LlavaRegionError(f"{path / file} holds '{name}', which {index.name} does not name; {_AGAIN}")
 
 
 def _read_safetensors(file: Path) -> dict[str, Stored]:
@@ -157,7 +189,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
             pass  # the library checks the header and that the file ends where the header says
         with file.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
+            header = json.loads(f.read(size), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError) as e:
         raise LlavaRegionError(f"{file} is truncated or not a safetensors file ({e}); copy or download it again") from e
     header.pop("__metadata__", None)
@@ -168,6 +200,15 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
     return {
         name: Stored(file, STORED_DTYPES[spec["dtype"]], tuple(spec["shape"]), 8 + size + spec["data_offsets"][0]) for name, spec in specs
     }
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; the library takes the last of two tensors with one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header names '{next(name for name in names if names.count(name) > 1)}' twice")
+    return found
 
 
 def _read_bin(file: Path) -> dict[str, Computed]:
@@ -206,9 +247,28 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is damaged or holds more than tensors (torch.load with weights_only refuses it, no code of it was run); "
             "give a file of plain weights"
         ) from e
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise LlavaRegionError(f"{file} is not a file of named tensors; give a file of plain weights")
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in tensors.items()
+    ):
+        raise LlavaRegionError(f"{file} is not a file of named, dense tensors; give a file of plain weights")
     return dict(tensors)
+
+
+def refuse_not_finite(tensor: torch.Tensor, name: str, where: object, hint: str) -> torch.Tensor:
+    """The tensor itself, every number of which is finite.
+
+    Args:
+        name: how to call it in the message, `where` with the file or folder it comes from and `hint` with the way out.
+
+    Raises:
+        LlavaRegionError: it holds NaN or infinity.
+    """
+    if tensor.dtype.is_floating_point and tensor.numel():
+        # the ends of the range carry NaN too, and cost a thirtieth of `isfinite` of all
+        ends = torch.stack(torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float()))
+        if not torch.isfinite(ends).all():
+            raise LlavaRegionError(f"'{name}' {where} holds NaN or infinity; {hint}")
+    return tensor
 
 
 def bare_name(name: str) -> str:

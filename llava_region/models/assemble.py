@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.adapter import open_adapter, trained_besides
 from llava_region.checkpoints.adapter_config import lora_config, scalings_of
-from llava_region.checkpoints.tensors import bare_name
+from llava_region.checkpoints.tensors import bare_name, refuse_not_finite
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import CONFIG_FILE
@@ -75,6 +75,9 @@ def load_multimodal(side: ModelSide, source: ModelSource, base: ModelSource | No
 
 def _put(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
     """Copy tensors into the model by name; the vision tower's, not loaded yet, are left to `attach_vision`."""
+    hint = f"loaded as {model.dtype}; give a checkpoint from before that, or load it in a wider type"
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor.to(model.dtype), name, f"in {source}", hint)
     tensors = {name: tensor.to(device=model.device, dtype=model.dtype) for name, tensor in tensors.items() if not is_vision(name)}
     # a projector that the base lacks is still on the meta device, where copying would do nothing
     unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
@@ -128,4 +131,7 @@ def _merge_adapter(model: Any, run: ModelSource) -> Any:
     model = model.merge_and_unload()
     for parameter in model.parameters():  # some of PEFT's versions merge in fp32; buffers (rotary frequencies) keep theirs
         parameter.data = parameter.data.to(dtype)
+    for name in {name.partition(".lora_")[0] for name in map(bare_name, stored)}:
+        hint = f"the adapter is not finite, or the sum is beyond {dtype}; give a checkpoint from before that, or load it in a wider type"
+        refuse_not_finite(model.get_parameter(f"{name}.weight"), name, f"of {run}, merged,", hint)
     return model

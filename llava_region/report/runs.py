@@ -14,6 +14,7 @@ from typing import Any
 from llava_region import tasks
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
+from llava_region.region import read_region_json
 from llava_region.run_files import COST_FILE, REGION_FILE, RESULTS_FILE
 
 # What is read of `results.json`, of each of its tasks, of a region and of `cost.json`: int is a count, float any number from 0.
@@ -135,7 +136,7 @@ def _read_results(folder: Path) -> tuple[dict[str, Any], Path]:
     """What `results.json` of an evaluation says, or the same keys for a training run's folder; and the file it came from."""
     path, region = folder / RESULTS_FILE, folder / REGION_FILE
     if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
-        record = read_json(region)
+        record = read_region_json(folder)
         _check_types(region, record, REGION_TYPES)
         return {"model": str(folder), "upstream": None, "region": record, "tasks": {}}, region
     if not path.is_file():

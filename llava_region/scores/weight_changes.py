@@ -164,7 +164,7 @@ def _delta_reader(pair: _Pair) -> Callable[[int, int], tuple[Tensor, bool]]:
     """A function from a range of rows to what they become: theta' and False, or delta itself and True."""
     if pair.update:
         update = pair.update
-        a, b = update.a.load().float(), update.b.load().float()
+        a, b = update.halves()
         if update.shape_for(pair.base.shape) != (len(b), a.shape[1]):
             a, b = b.T, a.T
         b = b * update.scaling

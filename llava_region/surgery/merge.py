@@ -15,10 +15,9 @@ import torch
 from llava_region import upstreams
 from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter, trained_whole
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
-from llava_region.checkpoints.tensors import Computed, Entry
+from llava_region.checkpoints.tensors import Computed, Entry, refuse_not_finite
 from llava_region.checkpoints.whole_model import (
     ModelFolder,
-    cast,
     check_output,
     check_same_shape,
     main_dtype,
@@ -67,11 +66,27 @@ def merge(run: ModelLike, out: str | Path, base: ModelLike | None = None, *, for
 class _Merged:
     """Loads a weight of the base with its update applied."""
 
+    name: str
     weight: Entry
     update: LoraUpdate
 
     def __call__(self) -> torch.Tensor:
-        return self.update.apply(self.weight.load())
+        hint = f"the sum is beyond {self.weight.dtype}, or the base is not finite; give the base in a wider type"
+        return refuse_not_finite(self.update.apply(self.weight.load()), self.name, "as merged", hint)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Loads a tensor that was trained whole, in the type that it is written in."""
+
+    name: str
+    entry: Entry
+    dtype: torch.dtype
+    run: ModelSource
+
+    def __call__(self) -> torch.Tensor:
+        tensor = refuse_not_finite(self.entry.load(), self.name, f"in {self.run}", "give a checkpoint from before that")
+        return refuse_not_finite(tensor.to(self.dtype), self.name, f"as {self.dtype}", "it is too large; give the base in a wider type")
 
 
 def merged_model(run: ModelLike, base: ModelLike | None = None) -> tuple[ModelFolder, list[str]]:
@@ -131,7 +146,7 @@ def _with_updates(tensors: Mapping[str, Entry], adapter: Adapter, base: ModelLik
                 f"'{name}' has shape {weight.shape} in {base}, the adapter was made for {update.shape_for(weight.shape)}; "
                 "give the base of the run"
             )
-        merged[name] = Computed(weight.dtype, weight.shape, _Merged(weight, update))
+        merged[name] = Computed(weight.dtype, weight.shape, _Merged(name, weight, update))
     return merged
 
 
@@ -152,7 +167,8 @@ def _with_trained(tensors: Mapping[str, Entry], trained: Mapping[str, Entry], ru
         resized = _is_vocabulary(name, tensors) and old is not None and entry.shape[1:] == old.shape[1:]
         if old is not None and entry.shape != old.shape and not resized:
             raise LlavaRegionError(f"'{name}' has shape {old.shape} in {base} and {entry.shape} in {run}; give the base of the run")
-        merged[name] = cast(entry, old.dtype if old is not None else dtype)
+        target = old.dtype if old is not None else dtype
+        merged[name] = Computed(target, entry.shape, _Trained(name, entry, target, run))
     return merged
 
 

@@ -80,8 +80,9 @@ def layers_to_drop(
     """The layers that `prune` drops, ascending; arguments as there.
 
     Raises:
-        LlavaRegionError: the arguments contradict each other or do not fit the model.
+        LlavaRegionError: the arguments contradict each other or do not fit the model, or its region is of another depth.
     """
+    _check_region(model)
     count = model.num_layers
     if layers is not None and drop is None:
         if scores is not None or protect is not None:
@@ -118,12 +119,16 @@ def _protected(model: ModelFolder, protect: str | Iterable[int] | None) -> tuple
         raise LlavaRegionError(
             f"{model.path} holds no {REGION_FILE}, so no region is known to protect; give --protect SPEC, or --protect none"
         )
-    if model.region.get("num_layers") != model.num_layers:
+    return tuple(model.region["layers"])
+
+
+def _check_region(model: ModelFolder) -> None:
+    """Refuse the record of a model of another depth: its layers are not this model's."""
+    if model.region is not None and model.region["num_layers"] != model.num_layers:
         raise LlavaRegionError(
-            f"{REGION_FILE} of {model.path} is for {model.region.get('num_layers')} layers, the model has {model.num_layers}; "
-            "give --protect"
+            f"{REGION_FILE} of {model.path} is for {model.region['num_layers']} layers, the model has {model.num_layers}; "
+            f"copy the {REGION_FILE} that belongs to it, or remove it and give --protect"
         )
-    return tuple(model.region.get("layers") or ())
 
 
 def without_layers(model: ModelFolder, dropped: Iterable[int]) -> ModelFolder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_region.checkpoints.model_source import ModelLike
-from llava_region.checkpoints.tensors import Entry, name_in_backbone
+from llava_region.checkpoints.tensors import NOT_TRAINED, Entry, name_in_backbone
 from llava_region.checkpoints.whole_model import ModelFolder, cast, check_output, check_same_shape, read_model, write_model
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
@@ -20,9 +20,6 @@ from llava_region.region import Region
 
 if TYPE_CHECKING:
     import torch
-
-# Computed from the config: some checkpoints store it, some do not, loading ignores it.
-_NOT_TRAINED = "rotary_emb.inv_freq"
 
 
 def revert(model: ModelLike, base: ModelLike, layers: str | Iterable[int], out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def backbone_tensors(
     """
     wanted, found = set(layers), {}
     for name, entry in tuned.items():
-        if layer_index(name) not in wanted or name.endswith(_NOT_TRAINED):
+        if layer_index(name) not in wanted or name.endswith(NOT_TRAINED):
             continue
         key = name_in_backbone(name, backbone)
         if key is None:
@@ -89,7 +86,7 @@ def backbone_tensors(
                 f"'{name}' has shape {entry.shape}, {backbone[key].shape} in the base {base}; give the language model that was tuned"
             )
         found[name] = cast(backbone[key], entry.dtype)
-    extra = [n for n in backbone if layer_index(n) in wanted and n not in tuned and not n.endswith(_NOT_TRAINED)]
+    extra = [n for n in backbone if layer_index(n) in wanted and n not in tuned and not n.endswith(NOT_TRAINED)]
     if extra:
         raise LlavaRegionError(f"the base {base} holds '{extra[0]}', which the model does not; give the language model that was tuned")
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_region.checkpoints.tensors import Checkpoint, Computed, bare_name, name_in_backbone, write_checkpoint
+from llava_region.checkpoints.tensors import Checkpoint, Computed, bare_name, name_in_backbone, refuse_not_finite, write_checkpoint
 from llava_region.errors import LlavaRegionError
 
 
@@ -176,11 +176,78 @@ def test_missing_shard_is_named(tmp_path, kind):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("weight_map", [{"a": "../model.safetensors"}, {"a": 3}, ["a"], None])
-def test_malformed_index(tmp_path, weight_map):
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (["a"], "not an index of shards"),
+        (None, "not an index of shards"),
+        ({}, "not an index of shards"),
+        ({"a": "../model.safetensors"}, "'a' in '../model.safetensors'; allowed: a .safetensors or .bin file next to it"),
+        ({"a": "/model.safetensors"}, "'a' in '/model.safetensors'"),
+        ({"a": 3}, "'a' in 3"),
+        ({"a": ""}, "'a' in ''"),
+        ({"a": "config.json"}, "'a' in 'config.json'"),
+    ],
+)
+def test_malformed_index(tmp_path, weight_map, message):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(LlavaRegionError, match="not an index of shards"):
+    with pytest.raises(LlavaRegionError, match=message):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors-sharded", "bin-sharded"])
+def test_an_index_that_does_not_agree_with_its_shards(tmp_path, kind):
+    folder = write_folder(tmp_path / "m", kind)
+    index, first = next(folder.glob("*.index.json")), next(folder.glob("*00001-of*")).name
+    whole = json.loads(index.read_text())["weight_map"]
+    without = {name: file for name, file in whole.items() if name != "b.bytes"}
+    for weight_map, message in (
+        ({**whole, "x.none": first}, f"has 'x.none' in {first}, but it is in no shard"),
+        ({**whole, "h.int": first}, f"has 'h.int' in {first}, but it is in .*00002"),
+        (without, f"{first} holds 'b.bytes', which {index.name} does not name"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(LlavaRegionError, match=message):
+            Checkpoint(folder)
+    index.write_text(json.dumps({"weight_map": {**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": first}}))
+    assert set(Checkpoint(folder)) == set(tensors()), "what loading computes anew may be named or not"
+
+
+@pytest.mark.parametrize("kind", ["safetensors-sharded", "bin-sharded"])
+def test_a_tensor_in_two_shards(tmp_path, kind):
+    folder = write_folder(tmp_path / "m", kind)
+    second = next(folder.glob("*00002-of*"))
+    save, load = (save_file, load_file) if kind.startswith("safe") else (torch.save, torch.load)
+    save({**load(second), "a.half": torch.zeros(3, 5)}, second)
+    with pytest.raises(LlavaRegionError, match=f"'a.half' is in two shards of .*{second.name}"):
+        Checkpoint(folder)
+
+
+def test_a_name_twice_in_a_header(tmp_path):
+    spec = '{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+    header = f'{{"a":{spec % (0, 8)},"a":{spec % (8, 16)}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(LlavaRegionError, match="truncated or not a safetensors file"):
+        Checkpoint(tmp_path)
+    header = f'{{"a":{spec % (0, 8)},"a":{spec % (0, 8)}}}'.encode()  # the library reads this one
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(LlavaRegionError, match="names 'a' twice"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_what_is_not_finite_is_named(dtype):
+    fine = torch.full((7, 300), 5.0)
+    fine[0, 0], fine[-1, -1] = 1024, -1024
+    assert refuse_not_finite(fine.to(dtype), "w", "here", "do this").dtype == dtype
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (3, 17), (6, 299)):
+            spoiled = fine.clone()
+            spoiled[place] = value
+            with pytest.raises(LlavaRegionError, match=r"^'w' here holds NaN or infinity; do this$"):
+                refuse_not_finite(spoiled.to(dtype), "w", "here", "do this")
+    for other in (torch.tensor([1, 2]), torch.empty(0, 4), torch.tensor(2.0)):
+        assert refuse_not_finite(other, "w", "here", "do this") is other
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -215,11 +282,16 @@ def test_no_code_of_a_bin_file_runs(tmp_path, form):
     assert not trap.exists()
 
 
+OTHER_THINGS = (
+    [torch.ones(1)], {"epoch": 3}, {"model": {"a": torch.ones(1)}}, {0: torch.ones(1)}, {"a": torch.eye(2).to_sparse()},
+)  # fmt: skip
+
+
 def test_bin_files_of_other_things(tmp_path):
-    for i, data in enumerate(([torch.ones(1)], {"epoch": 3}, {"model": {"a": torch.ones(1)}})):
+    for i, data in enumerate(OTHER_THINGS):
         file = tmp_path / f"{i}.bin"
         torch.save(data, file)
-        with pytest.raises(LlavaRegionError, match="not a file of named tensors"):
+        with pytest.raises(LlavaRegionError, match="not a file of named, dense tensors"):
             Checkpoint(file)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("llava.model")
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_region.checkpoints.model_source import ModelSource
 from llava_region.data.labels import IGNORE_INDEX
@@ -181,6 +183,20 @@ class Ran(Exception):
 class Carrier:
     def __reduce__(self):
         return exec, ("from tests.models.test_loading import Ran; raise Ran",)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("-inf"), "float32"), (1e8, "float16")])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.lora_B", "model.mm_projector.2.bias"])
+def test_what_is_not_finite_is_refused(lora_run, tiny, tmp_path, name, value, dtype):
+    run = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    file = run / ("adapter_model.safetensors" if "lora" in name else "non_lora_trainables.bin")
+    tensors = load_file(file) if "lora" in name else torch.load(file, weights_only=True)
+    tensors[f"base_model.model.{name}{'.weight' if 'lora' in name else ''}"].view(-1)[0] = value
+    save_file(tensors, file) if "lora" in name else torch.save(tensors, file)
+    if dtype == "float16":
+        load(run, tiny.backbone, device="cpu", dtype="float32")
+    with pytest.raises(LlavaRegionError, match=f"'{name.partition('.lora_')[0]}' .* holds NaN or infinity"):
+        load(run, tiny.backbone, device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "adapter_model.bin", "pytorch_model.bin"])

@@ -127,6 +127,17 @@ def test_rslora_and_tensors_trained_beside_the_adapter(tiny, tmp_path):
     agree(metrics(weight_changes(run, tiny.backbone, EPS)), whole_state_dicts(tuned, base))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_an_adapter_that_is_not_finite(tiny, tmp_path, half, value):
+    run = write_lora_run(tiny, tmp_path / "llava-tiny-lora", layers=(2,))
+    adapter = load_file(run / "adapter_model.safetensors")
+    adapter[f"base_model.model.model.layers.2.mlp.up_proj.lora_{half}.weight"][0, 0] = value
+    save_file(adapter, run / "adapter_model.safetensors")
+    with pytest.raises(LlavaRegionError, match=f"'model.layers.2.mlp.up_proj.lora_{half}' of the adapter holds NaN or infinity"):
+        weight_changes(run, tiny.backbone, EPS)
+
+
 def test_a_tensor_in_both_files_of_a_run_counts_as_it_is_merged(tiny, tmp_path):
     """In the adapter's file and next to it: PEFT loads the adapter's last."""
     run, norm = write_lora_run(tiny, tmp_path / "llava-tiny-lora", layers=(2,)), "base_model.model.model.layers.2.input_layernorm.weight"

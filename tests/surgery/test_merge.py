@@ -390,6 +390,51 @@ def test_spoiled_runs_are_refused(tiny, run, tmp_path, name):
     refused(message, run, tmp_path / "out", tiny.backbone)
 
 
+def _put_into(run: Path, file: str, name: str, value: float, dtype: torch.dtype = torch.float32) -> None:
+    """One number of a tensor of the run."""
+    tensors = load_file(run / file) if file.endswith("safetensors") else torch.load(run / file, weights_only=True)
+    tensors[name] = tensors[name].clone().to(dtype)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, run / file) if file.endswith("safetensors") else torch.save(tensors, run / file)
+
+
+NOT_FINITE = [
+    ("adapter_model.safetensors", f"{Q}.lora_A.weight", "'model.layers.1.self_attn.q_proj.lora_A' of the adapter holds NaN"),
+    ("adapter_model.safetensors", f"{Q}.lora_B.weight", "'model.layers.1.self_attn.q_proj.lora_B' of the adapter holds NaN"),
+    ("non_lora_trainables.bin", "base_model.model.model.mm_projector.2.bias", "'model.mm_projector.2.bias' in .* holds NaN"),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("file", "name", "message"), NOT_FINITE, ids=["A", "B", "projector"])
+def test_what_is_not_finite_is_refused(tiny, run, tmp_path, file, name, message, value):
+    _put_into(run, file, name, value)
+    refused(message, run, tmp_path / "out", tiny.backbone)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "message"),
+    [
+        ("adapter_model.safetensors", f"{Q}.lora_B.weight", "'model.layers.1.self_attn.q_proj.weight' as merged holds NaN or infinity"),
+        ("non_lora_trainables.bin", "base_model.model.model.mm_projector.2.bias", "'model.mm_projector.2.bias' as torch.float16 holds"),
+    ],
+)
+def test_what_does_not_fit_into_fp16_is_refused(tiny, run, tmp_path, file, name, message):
+    _put_into(run, file, name, 1e8)
+    merge(run, tmp_path / "fp32", tiny.backbone)
+    half = base_in(tiny, tmp_path / "half", torch.float16)
+    refused(message, run, tmp_path / "out", half)
+
+
+def test_what_the_base_holds_itself_is_copied_as_it_is(tiny, run, tmp_path):
+    base = base_in(tiny, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    merge(run, tmp_path / "out", base)
+    assert weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][3, 5] == float("inf")
+
+
 def test_wrong_bases_are_refused(tiny, run, tmp_path):
     from llava_region.data.tiny import write_backbone
 

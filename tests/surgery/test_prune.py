@@ -203,9 +203,27 @@ def test_other_inputs_that_do_not_fit(tiny, merged, tmp_path):
     with pytest.raises(LlavaRegionError, match="would replace the input"):
         prune(merged, merged, layers="1", force=True)
     stale = folder_of({"n_layers": 4}, {"layers": [0], "num_layers": 8})
-    with pytest.raises(LlavaRegionError, match="is for 8 layers, the model has 4"):
-        layers_to_drop(stale, drop=1, scores=tmp_path / "s.json")
+    for options in ({"drop": 1, "scores": tmp_path / "s.json"}, {"layers": "1"}):
+        with pytest.raises(LlavaRegionError, match="is for 8 layers, the model has 4"):
+            layers_to_drop(stale, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize("layers", [[-1, 2], "1,6", [1, 1], [], True, [1.0], [8], None])
+def test_a_region_that_cannot_be_true_protects_nothing_and_is_refused(merged, scores, tmp_path, layers):
+    folder = Path(shutil.copytree(merged, tmp_path / "model"))
+    region = json.loads((folder / "region.json").read_text())
+    (folder / "region.json").write_text(json.dumps({**region, "layers": layers}))
+    for options in ({"drop": 1, "scores": scores}, {"layers": "3"}):
+        with pytest.raises(LlavaRegionError, match=r"'layers' in .*region.json"):
+            prune(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_layers_of_its_region_is_pruned_again(merged, tmp_path):
+    prune(merged, tmp_path / "one", layers="1,6", check=False)
+    report = prune(tmp_path / "one", tmp_path / "two", drop=1, scores=write_scores(tmp_path / "s.json", ANGULAR[:6]), check=False)
+    assert report["dropped"] == [1] and report["layers"] == []
 
 
 def test_self_test_notices_a_cache_in_disorder(merged, tmp_path, monkeypatch):
