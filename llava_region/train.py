@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llava_region import processes, upstreams
 from llava_region.errors import LlavaRegionError
+from llava_region.training import signals
 
 if TYPE_CHECKING:
     from llava_region.training.preflight import Preflight
@@ -42,14 +43,14 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a training; bad input prints one `error: ...` line on stderr and returns 2."""
+    """Run a training; bad input prints one `error: ...` line on stderr and returns 2, a signal has a code of its own."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         request = parse(argv)
         if request.help:
             show_help(request.upstream)
         elif request.own:
-            train_region(request)
+            return signals.heeded(lambda: train_region(request))
         else:
             train_untouched(request)
     except LlavaRegionError as e:

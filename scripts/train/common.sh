@@ -23,6 +23,7 @@
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
+source "$SCRIPTS/train/supervise.sh"
 
 MODE=${MODE:-lora}
 TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
@@ -157,5 +158,6 @@ launch() {
         print_command "${command[@]}"
         return
     fi
-    exec "${command[@]}"
+    [[ $LAUNCHER == python ]] && exec "${command[@]}"
+    supervise "${command[@]}"
 }
