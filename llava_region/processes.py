@@ -7,7 +7,11 @@ do not, it is alone. Training's own communication is the upstream trainer's; wha
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +25,8 @@ Item = TypeVar("Item")
 # Only waiting can run into it: for the process with the longest answers, the slowest disk, or the weights to compare. One
 # that died is noticed by the launcher, which stops the others, so the limit is beyond any run.
 TIMEOUT = timedelta(days=30)
+LEAVING = 10.0  # seconds; a group whose other processes are lost, or busy, may not let go
+SETTLE = 0.2  # seconds
 
 _stores: list[Any] = []
 
@@ -97,6 +103,34 @@ def joined() -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def leave(code: int | None) -> None:
+    """Leave the process group that a training has made, before Python ends.
+
+    A thread of gloo holds the tensors of the last operation for a moment after it is done. If it lets go of them while Python
+    ends, the process aborts, with everything saved: `terminate called without an active exception`. To destroy the group
+    ends its threads only where nothing else refers to it, as DDP and DeepSpeed do; so they are given time besides.
+
+    Args:
+        code: the process is over and may end with it at once, if the group does not let go; None: after an error, which is
+            still to be reported.
+    """
+    if "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    gc.collect()  # what refers to a group, such as the wrapper of a model, keeps its threads
+    thread = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(LEAVING)
+    time.sleep(SETTLE)
+    if thread.is_alive() and code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def barrier() -> None:

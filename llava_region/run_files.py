@@ -21,6 +21,7 @@ PROJECTOR_FILE = "mm_projector.bin"  # of a pretraining that trained the project
 EPOCH_RNG_FILE = "epoch_rng_state.pth"
 SCHEDULER_FILE = "scheduler.pt"
 OPTIMIZER_FILE = "optimizer.pt"
+OPTIMIZER_FILES = (OPTIMIZER_FILE, "optimizer.bin")  # the second is that of a trainer under FSDP
 TRAINER_STATE_FILE = "trainer_state.json"
 # What the trainer and DeepSpeed leave that is not part of a model.
 TRAINER_FILES = (TRAINER_STATE_FILE, "all_results.json", "train_results.json", "zero_to_fp32.py")

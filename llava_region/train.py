@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llava_region import processes, upstreams
 from llava_region.errors import LlavaRegionError, Program, guarded
+from llava_region.training import signals
 
 if TYPE_CHECKING:
     from llava_region.training.preflight import Preflight
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
     if request.help:
         show_help(request.upstream)
     elif request.own:
-        train_region(request)
+        return signals.heeded(lambda: train_region(request))
     else:
         train_untouched(request)
     return 0

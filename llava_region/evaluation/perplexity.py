@@ -232,11 +232,12 @@ def check_bases(
         raise LlavaRegionError("--base is the backbone for --revert-sweep, or what a LoRA run was trained on; leave it out here")
     if lora_base and base and not revert:
         raise LlavaRegionError("without --revert-sweep a LoRA run takes one base; leave out --base or --lora-base")
-    own = base_to_load(model, lora_base or base) if is_run else None
+    given = ModelSource.of(base) if base else None
+    own = base_to_load(model, lora_base or given) if is_run else None
     if not revert:
         return own, None
     # what a run was trained on is its backbone, unless that was a visual model already
-    backbone = ModelSource.of(base) if base else own if own and not own.upstream else None
+    backbone = given or (own if own and not own.upstream else None)
     if backbone is None:
         raise LlavaRegionError("--revert-sweep needs the backbone that layers are reverted to; give it with --base")
     check_same_shape(model.config, backbone.config, (f"the model {model}", f"the backbone {backbone}"))

@@ -15,6 +15,7 @@ from llava_region.run_files import (
     ADAPTER_FILES,
     NON_LORA_FILE,
     OPTIMIZER_FILE,
+    OPTIMIZER_FILES,
     REGION_FILE,
     SCHEDULER_FILE,
     TRAINER_STATE_FILE,
@@ -71,7 +72,7 @@ def check_whole(checkpoint: Path, lora: bool, deepspeed: bool) -> None:
     Raises:
         LlavaRegionError: names the missing file.
     """
-    states = (OPTIMIZER_FILE, SCHEDULER_FILE, "optimizer.bin")
+    states = (*OPTIMIZER_FILES, SCHEDULER_FILE)
     if not any((checkpoint / name).is_file() for name in states) and not any(checkpoint.glob("global_step*")):
         raise LlavaRegionError(
             f"{checkpoint} holds no optimizer and scheduler (--save_only_model True), so its run would start again at the first "

@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import NON_LORA_FILE
+from llava_region.training import signals
 from llava_region.training.cost import CostMeter, write_cost
 from llava_region.training.first_step import FirstStep
 from llava_region.training.learning_rates import name_and_drop_groups
@@ -28,9 +29,11 @@ from llava_region.training.resume import (
     numpy_state_loadable,
 )
 from llava_region.training.run import RegionRun
+from llava_region.training.stopping import StopAtStep
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import DataLoader
     from transformers import Trainer
 else:
     Trainer = object
@@ -68,6 +71,8 @@ class RegionTrainerMixin(Trainer):
         self.first_step = FirstStep(self, region)
         self.meter = CostMeter()
         self.epoch_order = EpochOrder()
+        self.stop = StopAtStep(self)
+        self.add_callback(self.stop)
         self.add_callback(self.meter)
         self.add_callback(self.epoch_order)
         self.add_callback(NoStepTooMany)
@@ -84,6 +89,12 @@ class RegionTrainerMixin(Trainer):
         optimizer: Any = super().create_optimizer()
         name_and_drop_groups(optimizer, self.model)
         return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if (listener := signals.current()) is not None:
+            loader.worker_init_fn = signals.Worker(loader.worker_init_fn, listener.over)
+        return loader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         upstream = self.run.upstream
@@ -119,7 +130,7 @@ class RegionTrainerMixin(Trainer):
                 torch.save(extra, folder / NON_LORA_FILE)
             self.model.config.save_pretrained(folder)
             self.epoch_order.save(folder)
-            write_cost(folder, totals)
+            write_cost(folder, {**totals, "stopped_by": self.stop.reason} if self.stop.reason else totals)
             self.run.write_record(folder)  # last: its presence says that the checkpoint is whole
             if self._rotation:
                 super()._rotate_checkpoints(**self._rotation)
@@ -141,9 +152,11 @@ class RegionTrainerMixin(Trainer):
             # DeepSpeed accumulates by itself; its engine's no_sync, which accelerate would enter, refuses ZeRO and steps
             self.accelerator.no_sync = lambda model: nullcontext()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         except AllStepsDone:
-            return TrainOutput(self.state.global_step, 0.0, {})
+            output = TrainOutput(self.state.global_step, 0.0, {})
+        self.stop.raise_if_stopped(self.state, self.args.output_dir)
+        return output
 
     def _go_on_from(self, folder: str) -> None:
         if self.is_world_process_zero():

@@ -24,6 +24,7 @@
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
 help_if_asked "$0" "${BASH_SOURCE[0]}" "$@"
+source "$SCRIPTS/train/supervise.sh"
 
 MODE=${MODE:-lora}
 TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
@@ -159,5 +160,6 @@ launch() {
         print_command "${command[@]}"
         return
     fi
-    exec "${command[@]}"
+    [[ $LAUNCHER == python ]] && exec "${command[@]}"
+    supervise "${command[@]}"
 }
