@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from llava_region.data.images import image_problem
-from llava_region.data.records import read_records, require_image_folder, training_images
+from llava_region.data.records import PLACEHOLDER, check_each, read_records, record_name, require_image_folder, training_images
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import progress_bar
 
 SAMPLE = 1000
+# Share of the records from which an image without its placeholder, or the reverse, is refused, if there are several: that is no slip
+# in one record, but a file that lost its placeholders or its images.
+MOST_UNPLACED = 0.01
 
 
-def check_data(data_path: str | Path | None, image_folder: str | Path | None, check_images: str = "sample") -> list[dict]:
+def check_data(
+    data_path: str | Path | None,
+    image_folder: str | Path | None,
+    check_images: str = "sample",
+    record_check: Callable[[Mapping[str, Any]], str | None] = lambda record: None,
+    picture_problem: Callable[[int, int], str | None] = lambda width, height: None,
+) -> list[dict]:
     """Check every record's form, and that images open.
 
     Args:
         check_images: `sample` opens 1,000 images (always the same), `all` every one, `none` none.
+        record_check: why training could not take a record of good form, or None.
+        picture_problem: why training could not take an image of this width and height in pixels, or None.
 
     Returns:
         the records.
@@ -30,6 +43,7 @@ def check_data(data_path: str | Path | None, image_folder: str | Path | None, ch
         raise LlavaRegionError("--data_path is missing; give a JSON file of LLaVA's format")
     data_path, folder = Path(data_path), Path(image_folder) if image_folder else None
     records = read_records(data_path)
+    check_each(enumerate(records), data_path, record_check)
     images = sorted(set(training_images(records)))
     require_image_folder(len(images), folder, data_path, "--image_folder")
     if folder is None or not images:
@@ -39,14 +53,46 @@ def check_data(data_path: str | Path | None, image_folder: str | Path | None, ch
     if check_images == "sample" and len(images) > SAMPLE:
         images = random.Random(0).sample(images, SAMPLE)
     if check_images != "none":
-        _check_images(folder, images, check_images, data_path)
+        _check_images(folder, images, check_images, data_path, picture_problem)
     return records
 
 
-def _check_images(folder: Path, images: list[str], what: str, data_path: Path) -> None:
+def check_placeholders(records: Sequence[dict], path: str | Path) -> str | None:
+    """Look for images that their records' texts do not place, which training ignores, and for places without an image, which stay
+    words of the text.
+
+    Returns:
+        one line that counts them and names the first; None where there are none.
+
+    Raises:
+        LlavaRegionError: there are so many that a wrong file is likelier than a slip.
+    """
+    unplaced: list[str] = []
+    without: list[str] = []
+    for number, record in enumerate(records):
+        placed = any(PLACEHOLDER in turn["value"] for turn in record["conversations"])
+        if placed != ("image" in record):
+            (without if placed else unplaced).append(record_name(number, record))
+    found = [
+        (f"{len(names):,} records {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})", len(names))
+        for names, what in (
+            (unplaced, f"have an image and no '{PLACEHOLDER}' in their text, so that training does not see it"),
+            (without, f"have '{PLACEHOLDER}' in their text and no image, so that training reads it as words"),
+        )
+        if names
+    ]
+    for text, count in found:
+        if count > 1 and count >= MOST_UNPLACED * len(records):
+            raise LlavaRegionError(
+                f"of {len(records):,} records of {path}, {text}; allowed: less than {MOST_UNPLACED:.0%}; correct the records"
+            )
+    return "; ".join(text for text, _ in found) or None
+
+
+def _check_images(folder: Path, images: list[str], what: str, data_path: Path, picture_problem: Callable[[int, int], str | None]) -> None:
     bad = []
     with ThreadPoolExecutor(16) as pool, progress_bar(f"checking images ({what})", len(images)) as advance:
-        for name, problem in zip(images, pool.map(lambda name: image_problem(folder / name), images), strict=True):
+        for name, problem in zip(images, pool.map(lambda name: image_problem(folder / name, picture_problem), images), strict=True):
             advance()
             if problem:
                 bad.append(f"{name} ({problem})")

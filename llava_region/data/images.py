@@ -58,17 +58,22 @@ def read_pixels(source: str | Path | bytes, pixel_values: Callable[[Image], Tens
         raise UnreadableImage(source, e) from e
 
 
-def image_problem(path: Path) -> str | None:
-    """Why an image file cannot be decoded to its end (`missing`, or `corrupt: ` and the kind of error), or None."""
+def image_problem(path: Path, picture_problem: Callable[[int, int], str | None] = lambda width, height: None) -> str | None:
+    """Why an image file cannot be decoded to its end (`missing`, or `corrupt: ` and the kind of error) or used, or None.
+
+    Args:
+        picture_problem: why an image of this width and height cannot be used, or None.
+    """
     if not path.is_file():
         return "missing"
     try:
         with _opened(path) as image:
+            size = image.size  # as it is stored: neither upstream turns it as EXIF says, and `draft` makes it smaller
             image.draft("RGB", (32, 32))  # lets JPEG decode at a fraction of its size; the whole file is read all the same
             image.load()
     except UnreadableImage as e:
         return f"corrupt: {type(e.__cause__).__name__}"
-    return None
+    return picture_problem(*size)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A turn is `{"from": "human" or "gpt", "value": text}`. Who reads a file says by 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum, auto
 from functools import partial
@@ -85,7 +86,7 @@ def check_each(records: Iterable[tuple[int, Any]], path: Path, problem: Callable
     for number, record in records:
         found = problem(record)
         if found:
-            raise LlavaRegionError(f"record {number} of {path} {found}")
+            raise LlavaRegionError(f"{record_name(number, record)} of {path} {found}")
 
 
 def record_problem(record: Any, form: Form = Form.TRAINING) -> str | None:
@@ -108,12 +109,34 @@ def _training_problem(record: dict) -> str | None:
     roles = [turn["from"] for turn in (turns[1:] if turns[0]["from"] != "human" else turns)]
     if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
         return "has turns that do not alternate between human and gpt"
+    if any(not _is_text(turn["value"]) for turn in turns):
+        return "has half of a character (a lone surrogate, such as '\\ud83d') in its text, which no tokenizer takes; correct the text"
     if "image" in record:
-        if not isinstance(record["image"], str):
+        if not isinstance(record["image"], str) or not record["image"]:
             return "has an 'image' that is not a file name; allowed: one image per record"
+        if not _is_file_name(record["image"]):
+            return f"has an 'image' that no file can be called: '{printable(record['image'])}'"
+        if any(PLACEHOLDER in turn["value"].replace(PLACEHOLDER, "") for turn in turns if PLACEHOLDER in turn["value"]):
+            return f"has a '{PLACEHOLDER}' that is left when those in its text are taken out, which would shift the images after it"
         if sum(PLACEHOLDER in turn["value"] for turn in turns) > 1:
             return f"names one image but places '{PLACEHOLDER}' in several turns, which would shift the images of the samples after it"
     return None
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text is whole: JSON can hold one half of a character that UTF-16 writes as two."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file can be called so; names that are not UTF-8 come as surrogates, which stand for their bytes."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _scoring_problem(record: Any, prompted: bool) -> str | None:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_region import processes
 from llava_region.checkpoints.model_source import num_layers_in
-from llava_region.data.check import check_data
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.arguments import did_you_mean
 from llava_region.training.recompute_plan import check_flags
-from llava_region.training.sampled_records import check_records
+from llava_region.training.run_data import check_run_data
 from llava_region.training.trainer_flags import check_trainer_flags
 
 if TYPE_CHECKING:
@@ -69,10 +68,8 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     upstream.check_files(args, config)
     check_generation_config(args, recipe)
     check_output(args.output_dir)
-    first = processes.is_first()
-    records = check_data(recipe.data, recipe.images, args.check_images) if first else None
-    sample = check_records(upstream, args, recipe, config, records) if records else None
-    return Preflight(args, recipe, region, config, records, (("sample", sample),) if sample else ())
+    records, remarks = check_run_data(upstream, args, recipe, config) if processes.is_first() else (None, ())
+    return Preflight(args, recipe, region, config, records, remarks)
 
 
 def parse(classes: tuple[Any, ...], flags: list[str]) -> Namespace:

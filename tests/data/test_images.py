@@ -31,6 +31,15 @@ def test_the_check_names_the_kind_of_error(tmp_path, monkeypatch, name, problem)
     assert image_problem(tmp_path / name) == f"corrupt: {problem}"
 
 
+def test_the_check_knows_the_size_as_stored(tmp_path):
+    """JPEG is decoded at a fraction of its size, and EXIF may say to turn it, which the upstreams do not do."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (640, 3)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_problem(tmp_path / "a.jpg", lambda width, height: f"{width} x {height}") == "640 x 3"
+    assert image_problem(tmp_path / "a.jpg") is None
+
+
 def test_a_picture_that_the_image_processor_refuses_is_named():
     def refuse(image):
         raise ValueError("mean must have 1 elements")

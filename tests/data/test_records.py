@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from llava_region.data.records import Form, check_each, read_records, record_problem, require_images, scoring_images, training_images
+from llava_region.data.records import (
+    Form,
+    check_each,
+    read_records,
+    record_name,
+    record_problem,
+    require_images,
+    scoring_images,
+    training_images,
+)
 from llava_region.errors import LlavaRegionError
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}
@@ -24,6 +33,20 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value":
         ({"conversations": [HUMAN, HUMAN]}, "alternate"),
         ({"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "one image per record"),
         ({"image": "a.png", "conversations": [HUMAN, GPT, HUMAN, GPT]}, "several turns"),
+        ({"image": "", "conversations": [HUMAN, GPT]}, "'image' that is not a file name"),  # upstream would open the folder
+        ({"image": None, "conversations": [HUMAN, GPT]}, "'image' that is not a file name"),
+        ({"image": "a\ud800.png", "conversations": [HUMAN, GPT]}, "'image' that no file can be called: 'a\\ud800.png'"),
+        ({"image": "a\0.png", "conversations": [HUMAN, GPT]}, "'image' that no file can be called"),
+        ({"image": "a\udcff.png", "conversations": [HUMAN, GPT]}, None),  # the byte 0xff of a name that is not UTF-8
+        ({"image": "/elsewhere/\u4f60 b.png", "conversations": [HUMAN, GPT]}, None),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "half \ud83d of it"}]}, "half of a character (a lone surrogate"),
+        ({"conversations": [{"from": "human", "value": "\udc00"}, GPT]}, "half of a character (a lone surrogate"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "whole \U0001f389, none \0 and \ufffd"}]}, None),
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "<im<image>age>"}, GPT]}, "that is left when those"),
+        ({"conversations": [{"from": "human", "value": "<im<image>age>"}, GPT]}, None),
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "<image> or <image>?"}, GPT]}, None),  # becomes one
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "Draw"}, HUMAN | {"from": "gpt"}]}, None),
+        ({"id": 5, "extra": {"a": [1]}, "model": "x", "conversations": [HUMAN | {"weight": 1}, GPT]}, None),
     ],
 )
 def test_training_records(record, problem):
@@ -82,6 +105,12 @@ def test_a_file_is_read_whole_or_its_first_bad_record_named(tmp_path):
         path.write_text(content)
         with pytest.raises(LlavaRegionError, match=r"/data.json is not a list of records; allowed: a JSON list"):
             read_records(path, Form.OBJECT)
+
+
+def test_a_record_is_named_by_number_and_id():
+    cases = [({}, ""), ({"id": "a"}, " (id a)"), ({"id": 0}, " (id 0)"), ({"id": ""}, ""), ({"id": None}, ""), ({"id": [1]}, ""), ([], "")]
+    for record, name in [*cases, ({"id": "\ud800" + "x" * 70}, " (id \\ud800" + "x" * 59 + "...)")]:
+        assert record_name(3, record) == "record 3" + name
 
 
 def test_a_check_of_another_kind_names_the_record_too(tmp_path):
