@@ -164,7 +164,7 @@ def check_record(record: Any, name: str) -> dict:
             raise LlavaRegionError(f"'new_to_old' in {name} has {len(old)} layers for {count}; {_COPY}")
         left = [old.index(layer) for layer in original if layer in old]
         if list(layers) != left:
-            raise LlavaRegionError(f"'layers' beside {name} are {layers}, but those that pruning left are {left}; {_COPY}")
+            raise LlavaRegionError(f"'layers' next to {name} are {layers}, but those that pruning left are {left}; {_COPY}")
     elif not layers:
         raise LlavaRegionError(f"'layers' in {name} is []; allowed: at least one of 0 to {count - 1}; {_COPY}")
     return record
