@@ -182,9 +182,9 @@ def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | N
         path = getattr(recipe, kind)
         # the first process of a node reads the data for all of it
         if path and (kind != "data" or processes.is_first_on_node()):
-            yield recipe.flags[kind], read(str(path), recipe.cache_dir)
+            yield recipe.flags.get(kind, kind), read(str(path), recipe.cache_dir)
     if records and recipe.images:
-        yield recipe.flags["images"], _images(Path(recipe.images), records)
+        yield recipe.flags.get("images", "images"), _images(Path(recipe.images), records)
     if args.deepspeed:
         settings = parse_json(Path(args.deepspeed).read_bytes(), args.deepspeed)
         yield "--deepspeed", hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import tempfile
@@ -149,7 +150,12 @@ def model_config(recipe: Recipe) -> dict[str, Any]:
         else:
             lacks = "is not a folder, and no model of that name is on the hub or in its cache"
         raise LlavaRegionError(f"{recipe.flags['model']} {recipe.model} {lacks}; give the folder or hub name of a model")
-    return read_json(Path(path))
+    config = read_json(Path(path))
+    if not isinstance(config, dict):
+        raise LlavaRegionError(
+            f"{path} holds {json.dumps(config)[:60]}, not the settings of a model; copy it again from where the model comes"
+        )
+    return config
 
 
 def model_file(recipe: Recipe, name: str) -> str | None:

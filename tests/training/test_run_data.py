@@ -1,6 +1,7 @@
 """Records and images that would end training after the weights are loaded: refused before, with the record's name."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from PIL import Image
@@ -8,7 +9,9 @@ from PIL import Image
 pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 
+from llava_region import LlavaRegionError, processes
 from llava_region import train as region_train
+from llava_region.training.run_data import check_batch
 from tests.helpers.command_line import run
 from tests.helpers.training_runs import LORA, llava_flags
 
@@ -90,9 +93,11 @@ def test_less_than_a_batch(checked, monkeypatch):
     assert "has 3 records, which --dataloader_drop_last True leaves out, as a batch has 4" in line
     accepted(checked([GOOD] * 3))
     accepted(checked([GOOD] * 4, dataloader_drop_last=True, gradient_accumulation_steps=8))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "as a batch has 8 (--per_device_train_batch_size 4, 2 processes)" in refused(checked([GOOD] * 7, dataloader_drop_last=True))
-    accepted(checked([GOOD] * 8, dataloader_drop_last=True))
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    args = Namespace(per_device_train_batch_size=4, dataloader_drop_last=True)
+    check_batch(args, 8, "data.json")
+    with pytest.raises(LlavaRegionError, match=r"as a batch has 8 \(--per_device_train_batch_size 4, 2 processes\)"):
+        check_batch(args, 7, "data.json")
 
 
 @pytest.mark.parametrize("size", [(30, 1), (1, 30), (30, 3), (1, 1), (30, 2), (3, 3)])

@@ -50,7 +50,7 @@ def test_what_reading_does_not_find(tiny, tmp_path, capsys):
 
 
 def test_it_can_be_left_out(tiny, tmp_path, capsys):
-    code, out, _ = run(capsys, *command(tiny, tmp_path, dry_run_step=False, version="plain", **LORA), main=main)
+    code, out, _ = run(capsys, *command(tiny, tmp_path, dry_run_step=False, **LORA), main=main)
     assert code == 0 and "rehearsal" not in out
 
 
