@@ -148,11 +148,11 @@ def train_region(request: Request) -> None:
             dry_run.show(checked, dry_run.estimate(upstream, checked))
         return
     upstream.check_script(request.script)
+    if checked.args.region_memory:
+        dry_run.check_region_memory(upstream, checked)
     for name, text in checked.remarks:
         print(f"{name}: {text}", flush=True)
     checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
-    if checked.args.region_memory:
-        dry_run.check_region_memory(upstream, checked)
     launch(upstream, request.script, checked)
 
 
