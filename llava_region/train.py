@@ -188,10 +188,10 @@ def train_region(request: Request) -> None:
             dry_run.show(checked, found, rehearsed)
         return
     upstream.check_script(request.script)
-    for name, text in checked.remarks:
-        print(f"{name}: {text}", flush=True)
     if checked.args.region_memory:
         dry_run.check_region_memory(upstream, checked)
+    for name, text in checked.remarks:
+        print(f"{name}: {text}", flush=True)
     with together.started(upstream, checked) as start:
         checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
         launch(upstream, request.script, checked, start)

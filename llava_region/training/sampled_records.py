@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # half of them train nothing, or a template does not fit the tokenizer (which masks every record of a kind), something else is meant.
 MOST_MASKED = 0.5
 MOST_MISFITS = 0.1
+LONGEST_TEXT = 300_000  # characters; a slow tokenizer takes minutes for a text of ten million, which training would cut in any case
 MISFIT, EMPTY, MARK, CUT = "misfit", "empty", "mark", "cut"
 
 
@@ -88,12 +89,17 @@ def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: M
 
 
 def choose(records: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> list[int]:
-    """Numbers of `count` records, one at random from each of as many equal parts of the data, and of the one with most text."""
-    draw, total = random.Random(seed), len(records)
+    """Numbers of `count` records, one at random from each of as many equal parts of the data, and of the one with most text.
+
+    Records of more than `LONGEST_TEXT` characters are left out, unless all are such.
+    """
+    lengths = [sum(len(turn["value"]) for turn in record["conversations"]) for record in records]
+    numbers = [number for number, length in enumerate(lengths) if length <= LONGEST_TEXT] or list(range(len(lengths)))
+    draw, total = random.Random(seed), len(numbers)
     count = min(count, total)
     bounds = [total * part // count for part in range(count + 1)]
-    longest = max(range(total), key=lambda i: sum(len(turn["value"]) for turn in records[i]["conversations"]))
-    return sorted({longest, *(draw.randrange(start, end) for start, end in pairwise(bounds))})
+    longest = max(numbers, key=lengths.__getitem__)
+    return sorted({longest, *(numbers[draw.randrange(start, end)] for start, end in pairwise(bounds))})
 
 
 def _sample(upstream: Upstream, tokenisation: Tokenisation, records: Sequence[dict], chosen: Sequence[int], recipe: Recipe) -> Sample:

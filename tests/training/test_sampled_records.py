@@ -181,3 +181,10 @@ def test_the_choice_is_spread_seeded_and_has_the_longest(total, count):
         assert any(total * part // parts <= number < total * (part + 1) // parts for number in chosen)
     assert len(chosen) in (parts, parts + 1)
     assert total < 1000 or chosen != choose(records, count, seed=1)
+
+
+def test_texts_that_would_take_minutes_are_left_out(monkeypatch):
+    monkeypatch.setattr("llava_region.training.sampled_records.LONGEST_TEXT", 100)
+    long, short = record(answer="long " * 100), record()
+    assert choose([long, short, long, short], 256) == [1, 3]
+    assert choose([long, long], 256) == [0, 1]  # where there are no others
