@@ -148,7 +148,8 @@ def say(message: str, label: str = "error: ") -> None:
     encoding = sys.stderr.encoding or "utf-8"
     line = (label + " ".join(message.split())).encode(encoding, "backslashreplace").decode(encoding)
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(line + "\n")  # in one piece, as other ranks write there too
+        sys.stderr.flush()
 
 
 def _known(e: Exception, program: Program) -> str | None:

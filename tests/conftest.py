@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: tiny models on disk, made once a session."""
 
 import os
+import signal
 import sys
 
 # DeepSpeed compiles an extension at its first run: one for each environment, as two versions would undo each other's
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from llava_region.data.tiny import TinyFiles, write_tiny
+
+# a shell without job control starts what it runs in the background with Ctrl-C ignored, and children would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

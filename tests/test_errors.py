@@ -202,7 +202,7 @@ def test_ranks_end_together(tmp_path):
 def test_what_a_real_training_ends_with(tiny, tmp_path):
     """LLaVA's own traceback is in one file per rank, in the run's folder, and no rank is left waiting."""
     pytest.importorskip("llava.train.train")
-    records = [{**record, "image": "gone.png"} for record in json.loads(tiny.data.read_text())[:8]]
+    records = [{**record, "image": "gone.png"} for record in json.loads(tiny.data.read_text()) if "image" in record][:8]
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "images").mkdir()
     out = tmp_path / "out-lora"
