@@ -55,10 +55,6 @@ class UnsupportedUpstream(LlavaRegionError):
     """The installed LLaVA or Bunny lacks a symbol that a hook needs, or has it with another signature."""
 
 
-class UnusableTokenizer(LlavaRegionError):
-    """The tokenizer of a model is missing or cannot be loaded."""
-
-
 @dataclass(frozen=True)
 class Program:
     """A command line, as far as its end needs to know it.

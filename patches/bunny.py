@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
-from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.patches.tokenisation import Tokenisation, family_tokenisation
 from llava_region.patches.vocabulary import check_vocabulary
 from llava_region.training.flag_values import words
 from llava_region.training.vision_files import CLIP, SIGLIP, TowerKind, check_tower
@@ -119,13 +119,11 @@ class Bunny(LLaVAFamily):
     def check_tower(self, args: Namespace, config: Mapping[str, Any]) -> None:
         flag = f"'mm_vision_tower' in {args.model_name_or_path}/config.json:" if config.get("mm_vision_tower") else "--vision_tower"
         tower, tower_kind = self.tower_of(args, config)
-        kind = _kind_of(tower)
-        if kind == "eva":
+        if _required_kind(tower, flag) == "eva":
             if not Path(tower).is_file():
                 raise LlavaRegionError(f"{flag} {tower}: Bunny takes it for EVA-CLIP by 'eva' in its path; give the file of its weights")
             return
-        if tower_kind is None:
-            raise LlavaRegionError(f"{flag} {tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}")
+        assert tower_kind is not None, "EVA alone is not one of transformers'"
         found = check_tower(tower, flag, tower_kind, resized=args.use_s2)
         patches = (found.image_size // found.patch_size) ** 2
         if args.mm_projector_type in BY_FOUR and patches % 4:
@@ -171,9 +169,7 @@ class Bunny(LLaVAFamily):
 
     def tokenisation(self, args: Namespace, config: Mapping[str, Any]) -> AbstractContextManager[Tokenisation]:
         """With the tokenizer that train() builds: fast, padded with the unknown token where it has none, Llama 3's with its own end."""
-        remote = {"trust_remote_code": True} if args.model_type == "stablelm-2" else {}
-        length = args.model_max_length
-        tokenizer = load_tokenizer(args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=length, use_fast=True, **remote)
+        tokenizer = self.load_tokenizer(args)
         if tokenizer.unk_token is not None and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token
         if args.model_type == "llama3-8b":
@@ -197,14 +193,22 @@ def _kind_of(tower: str) -> str | None:
     return next((kind for kind in TOWERS if kind in tower.lower()), None)
 
 
+def _required_kind(tower: str, flag: str) -> str:
+    """The same, where there has to be one.
+
+    Raises:
+        LlavaRegionError: Bunny would not know it.
+    """
+    kind = _kind_of(tower)
+    if kind is None:
+        raise LlavaRegionError(f"{flag} {tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}")
+    return kind
+
+
 def _check_tower(args: Namespace) -> None:
     if not args.vision_tower:
         raise LlavaRegionError("--vision_tower is missing; give google/siglip-so400m-patch14-384")
-    kind = _kind_of(args.vision_tower)
-    if kind is None:
-        raise LlavaRegionError(
-            f"--vision_tower {args.vision_tower} is of no kind that Bunny can tell; allowed: a path that contains {', '.join(TOWERS)}"
-        )
+    kind = _required_kind(args.vision_tower, "--vision_tower")
     if args.use_s2 and kind != "sig":
         raise LlavaRegionError(f"--use_s2 True works with SigLIP alone, not with {args.vision_tower}; leave it out")
     if args.unfreeze_vision_tower and not args.bf16 and not args.deepspeed:
@@ -217,7 +221,7 @@ def _tokens_per_image(args: Namespace, tower: str) -> int:
     """Patches of the tower; 1 for projectors that merge patches, which so are never said to be cut where they are not."""
     if args.mm_projector_type not in ("linear", "identity") and not args.mm_projector_type.startswith("mlp"):
         return 1
-    return EVA_PATCHES if _kind_of(tower) == "eva" else tokens_of_tower(tower, args.cache_dir)
+    return EVA_PATCHES if _kind_of(tower) == "eva" else tokens_of_tower(tower)
 
 
 def _check_continued(args: Namespace, config: Mapping[str, Any]) -> None:

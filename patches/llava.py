@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
-from llava_region.patches.tokenisation import Tokenisation, family_tokenisation, load_tokenizer
+from llava_region.patches.tokenisation import Tokenisation, family_tokenisation
 from llava_region.patches.vocabulary import Growth, check_vocabulary
 from llava_region.training.flag_values import words
 from llava_region.training.vision_files import CLIP, TowerKind, check_tower, read_tensors
@@ -173,8 +173,7 @@ class LLaVA(LLaVAFamily):
         """With the tokenizer that train() builds: slow but for MPT, padded with the unknown token, with the image tokens added."""
         from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
-        kind = {} if "mpt" in args.model_name_or_path else {"use_fast": False}
-        tokenizer = load_tokenizer(args.model_name_or_path, cache_dir=args.cache_dir, model_max_length=args.model_max_length, **kind)
+        tokenizer = self.load_tokenizer(args)
         if args.version != "v0":
             tokenizer.pad_token = tokenizer.unk_token
         elif tokenizer.pad_token is None:
@@ -185,7 +184,7 @@ class LLaVA(LLaVAFamily):
             tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         continued = config.get("mm_vision_tower")  # whose tower stays, whatever the flags say
         class_token = (config if continued else vars(args)).get("mm_vision_select_feature") == "cls_patch"
-        per_image = tokens_of_tower(continued or args.vision_tower, args.cache_dir, class_token)
+        per_image = tokens_of_tower(continued or args.vision_tower, class_token)
         settings = {"is_multimodal": True, "mm_use_im_start_end": args.mm_use_im_start_end}
         module = self.train_module()
         return family_tokenisation(

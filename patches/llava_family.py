@@ -299,22 +299,14 @@ def features_per_image(model: Any) -> int:
     return getattr(model.get_vision_tower(), "num_patches", 1)
 
 
-def tokens_of_tower(tower: str | None, cache_dir: str | None, class_token: bool = False) -> int:
+def tokens_of_tower(tower: str | None, class_token: bool = False) -> int:
     """Tokens that a vision tower makes of an image, from its config alone; 1 where that is not on this machine.
 
     Args:
         class_token: whether the class token is kept next to the patches.
     """
-    from transformers import AutoConfig
-
-    if not tower:
-        return 1
-    try:
-        config = AutoConfig.from_pretrained(tower, cache_dir=cache_dir)
-    except (OSError, ValueError):
-        return 1
-    config = getattr(config, "vision_config", config)
-    return (config.image_size // config.patch_size) ** 2 + class_token
+    config = _vision_config(tower) if tower else None
+    return 1 if config is None else (config.image_size // config.patch_size) ** 2 + class_token
 
 
 def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,15 +315,19 @@ def settings_without_tower(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_model(tower: str) -> PreTrainedModel | None:
-    """A vision tower's transformers model on the default device, from its config alone; None where it is not on this machine.
+    """A vision tower's transformers model on the default device, from its config alone; None where that is not on this machine."""
+    from transformers import AutoModel
 
-    The upstreams do not look for towers under --cache_dir.
-    """
-    from transformers import AutoConfig, AutoModel
+    config = _vision_config(tower)
+    return None if config is None else AutoModel.from_config(config)
+
+
+def _vision_config(tower: str) -> Any:
+    """A vision tower's own config; None where it is not on this machine. The upstreams do not look for towers under --cache_dir."""
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(tower)
     except (OSError, ValueError):
         return None
-    config = getattr(config, "vision_config", config)
-    return AutoModel.from_config(config)
+    return getattr(config, "vision_config", config)

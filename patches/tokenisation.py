@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llava_region.errors import UnusableTokenizer
 from llava_region.patches.seams import rebound
 
 if TYPE_CHECKING:
@@ -33,21 +32,6 @@ class Tokenisation:
     tokens_per_image: int = 1
     marks: tuple[str, ...] = ()
     complaint: str = ""
-
-
-def load_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase:
-    """transformers' AutoTokenizer.
-
-    Raises:
-        UnusableTokenizer: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, padding_side="right", **options)
-    except Exception as e:  # a missing file is an OSError, a broken one whatever the reader makes of it
-        why = str(e).strip().splitlines() or [type(e).__name__]
-        raise UnusableTokenizer(f"the tokenizer of {model} cannot be loaded ({why[0]}); add or fix its files") from e
 
 
 @contextmanager

@@ -242,10 +242,7 @@ class Upstream(ABC):
     def tokenisation(self, args: Namespace, config: Mapping[str, Any]) -> AbstractContextManager[Tokenisation]:
         """The codebase's own tokenisation of records, set up as train() sets it up, for the length of a block; loads no weights.
 
-        Arguments as for `check`.
-
-        Raises:
-            UnusableTokenizer: it cannot be loaded.
+        Arguments as for `check`, which was before, as was `check_files`.
         """
 
     def record_check(self, args: Namespace) -> Callable[[Mapping[str, Any]], str | None]:

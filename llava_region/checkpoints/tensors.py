@@ -238,11 +238,20 @@ class _MappedBin:
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
+# What `load_mapped` raises for a file that is damaged, or holds more than tensors.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError)
+
+
+def load_mapped(file: Path) -> Any:
+    """The content of a `.bin` file, of which no code is run, mapped where its format can be."""
+    # the format before torch 1.6 is no zip file and cannot be mapped; torch 2.1 maps a file that is named by a string, not a Path
+    return torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
-        # the format before torch 1.6 is no zip file and cannot be mapped; torch 2.1 maps a file that is named by a string, not a Path
-        tensors = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as e:
+        tensors = load_mapped(file)
+    except UNREADABLE as e:
         raise LlavaRegionError(
             f"{file} is damaged or holds more than tensors (torch.load with weights_only refuses it, no code of it was run); "
             "give a file of plain weights"

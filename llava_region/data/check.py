@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_region.data.images import image_problem
-from llava_region.data.records import PLACEHOLDER, check_each, read_records, record_name, require_image_folder, training_images
+from llava_region.data.records import PLACEHOLDER, check_each, first_names, read_records, record_name, require_image_folder, training_images
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import progress_bar
 
@@ -74,7 +74,7 @@ def check_placeholders(records: Sequence[dict], path: str | Path) -> str | None:
         if placed != ("image" in record):
             (without if placed else unplaced).append(record_name(number, record))
     found = [
-        (f"{len(names):,} records {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})", len(names))
+        (f"{len(names):,} records {what} ({first_names(names)})", len(names))
         for names, what in (
             (unplaced, f"have an image and no '{PLACEHOLDER}' in their text, so that training does not see it"),
             (without, f"have '{PLACEHOLDER}' in their text and no image, so that training reads it as words"),

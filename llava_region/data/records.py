@@ -6,7 +6,7 @@ A turn is `{"from": "human" or "gpt", "value": text}`. Who reads a file says by 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,16 @@ def record_name(number: int, record: Any) -> str:
 def printable(text: str) -> str:
     """Text of a data file as a message can hold it: short, and without halves of characters, which no stream writes."""
     return text[:60].encode(errors="backslashreplace").decode() + ("..." if len(text) > 60 else "")
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three of some records, as a message names them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def text_length(record: Mapping[str, Any]) -> int:
+    """Characters of all turns of a record of the training form."""
+    return sum(len(turn["value"]) for turn in record["conversations"])
 
 
 def check_each(records: Iterable[tuple[int, Any]], path: Path, problem: Callable[[Any], str | None]) -> None:

@@ -136,9 +136,7 @@ def _read_results(folder: Path) -> tuple[dict[str, Any], Path]:
     """What `results.json` of an evaluation says, or the same keys for a training run's folder; and the file it came from."""
     path, region = folder / RESULTS_FILE, folder / REGION_FILE
     if not path.is_file() and region.is_file() and (folder / COST_FILE).is_file():
-        record = read_region_json(folder)
-        _check_types(region, record, REGION_TYPES)
-        return {"model": str(folder), "upstream": None, "region": record, "tasks": {}}, region
+        return {"model": str(folder), "upstream": None, "region": read_region_json(folder), "tasks": {}}, region
     if not path.is_file():
         raise LlavaRegionError(
             f"{folder} holds no {RESULTS_FILE}; give the --out folder of 'llava-region eval', or a finished training run"

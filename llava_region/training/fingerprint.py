@@ -16,11 +16,12 @@ from llava_region import __version__, processes
 from llava_region.checkpoints.identity import weights_digest
 from llava_region.data.records import training_images
 from llava_region.errors import LlavaRegionError
-from llava_region.files import parse_json, read_json
-from llava_region.run_files import CONFIG_FILE, RUN_FILE
+from llava_region.files import read_json
+from llava_region.run_files import RUN_FILE
+from llava_region.training.model_files import folder_of
+from llava_region.training.preflight import Preflight, deepspeed_settings
 
 if TYPE_CHECKING:
-    from llava_region.training.preflight import Preflight
     from llava_region.upstreams import Recipe, Upstream
 
 # Flags that do not decide what is trained: what is logged and saved and where, how much memory it takes, how data is read.
@@ -178,36 +179,36 @@ def _decides(name: str) -> bool:
 
 
 def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | None) -> Iterator[tuple[str, str]]:
-    for kind, read in (("data", _file), ("projector", _file), ("model", _model), ("tower", _model)):
-        path = getattr(recipe, kind)
-        # the first process of a node reads the data for all of it
-        if path and (kind != "data" or processes.is_first_on_node()):
-            yield recipe.flags.get(kind, kind), read(str(path), recipe.cache_dir)
+    flag = {kind: recipe.flags.get(kind, kind) for kind in PATHS}
+    if recipe.data and processes.is_first_on_node():  # which reads it for all of its node
+        yield flag["data"], _file(recipe.data)
+    if recipe.projector:
+        yield flag["projector"], _file(recipe.projector)
+    if recipe.model:
+        yield flag["model"], _model(recipe.model, flag["model"], recipe.cache_dir)
+    if recipe.tower:  # which the upstreams do not look for under --cache_dir
+        yield flag["tower"], _model(recipe.tower, flag["tower"], None)
     if records and recipe.images:
-        yield recipe.flags.get("images", "images"), _images(Path(recipe.images), records)
+        yield flag["images"], _images(Path(recipe.images), records)
     if args.deepspeed:
-        settings = parse_json(Path(args.deepspeed).read_bytes(), args.deepspeed)
-        yield "--deepspeed", hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        yield "--deepspeed", hashlib.sha256(json.dumps(deepspeed_settings(args), sort_keys=True).encode()).hexdigest()
 
 
-def _file(path: str, cache_dir: str | None) -> str:
+def _file(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _model(name: str, cache_dir: str | None) -> str:
+def _model(name: str, flag: str, cache_dir: str | None) -> str:
     """A digest of a model's config and of samples of its weights; of a hub name the name and the revision that is in the cache."""
-    from transformers.utils import cached_file
-
     if Path(name).is_file():  # EVA-CLIP's weights are one file
         return f"{Path(name).stat().st_size} bytes"
     if Path(name).is_dir():
         return weights_digest(name)
-    path = cached_file(name, CONFIG_FILE, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-    return f"{name} {Path(path).parent.name if path else ''}".strip()
+    return f"{name} {folder_of(name, flag, cache_dir).name}"
 
 
 def _images(folder: Path, records: list[dict[str, Any]], count: int = 256) -> str:

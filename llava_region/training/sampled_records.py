@@ -17,8 +17,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llava_region.data.labels import IGNORE_INDEX
-from llava_region.data.records import record_name
-from llava_region.errors import LlavaRegionError, UnusableTokenizer
+from llava_region.data.records import first_names, record_name, text_length
+from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 
 if TYPE_CHECKING:
@@ -68,21 +68,14 @@ def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: M
         one line about them; None where none was asked for.
 
     Raises:
-        LlavaRegionError: too few of them have a label to train; one of them cannot be tokenised; the tokenizer cannot be loaded, which
-            a dry run, for which a config is enough, says in its line.
+        LlavaRegionError: too few of them have a label to train, or one of them cannot be tokenised.
     """
     if args.check_records < 0:
         raise LlavaRegionError(f"--check_records {args.check_records} is negative; allowed: 0 (none) or more")
     if not args.check_records:
         return None
-    try:
-        tokenisation = upstream.tokenisation(args, config)
-    except UnusableTokenizer as e:
-        if args.dry_run:
-            return f"not looked at, as {e}; a run needs it"
-        raise
-    with tokenisation as entered, _quiet():
-        sample = _sample(upstream, entered, records, choose(records, args.check_records), recipe)
+    with upstream.tokenisation(args, config) as tokenisation, _quiet():
+        sample = _sample(upstream, tokenisation, records, choose(records, args.check_records), recipe)
     reasons = _reasons(recipe)
     _refuse(sample, reasons, recipe)
     return describe(sample, reasons, recipe)
@@ -93,7 +86,7 @@ def choose(records: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> l
 
     Records of more than `LONGEST_TEXT` characters are left out, unless all are such.
     """
-    lengths = [sum(len(turn["value"]) for turn in record["conversations"]) for record in records]
+    lengths = [text_length(record) for record in records]
     numbers = [number for number, length in enumerate(lengths) if length <= LONGEST_TEXT] or list(range(len(lengths)))
     draw, total = random.Random(seed), len(numbers)
     count = min(count, total)
@@ -186,9 +179,7 @@ def _refuse(sample: Sample, reasons: Mapping[str, str], recipe: Recipe) -> None:
 def _masked(sample: Sample, reasons: Mapping[str, str]) -> str:
     """`2 as an answer is empty (record 3, record 9)`, by reason, the most frequent first."""
     ordered = sorted(sample.masked.items(), key=lambda item: -len(item[1]))
-    return ", ".join(
-        f"{len(names)} as {reasons[reason]} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for reason, names in ordered
-    )
+    return ", ".join(f"{len(names)} as {reasons[reason]} ({first_names(names)})" for reason, names in ordered)
 
 
 def describe(sample: Sample, reasons: Mapping[str, str], recipe: Recipe) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from llava_region import processes
+from llava_region.errors import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE_FILE = "LLAVA_REGION_EXIT_CODE_FILE"  # set by the launchers of scripts/train, as torchrun's own exit code is always 1
@@ -142,7 +142,7 @@ def heeded(train: Callable[[], None]) -> int:
             _note(code)
         except Stopped as stopped:
             if processes.is_first() if stopped.agreed else processes.is_first_on_node():
-                print(stopped.line, file=sys.stderr, flush=True)
+                say(stopped.line, label="")
             code = stopped.exit_code()
         except BaseException:
             processes.leave(None)
@@ -211,4 +211,4 @@ def _name(number: int) -> str:
 
 def _say(line: str) -> None:
     if processes.is_first_on_node():
-        print(line, file=sys.stderr, flush=True)
+        say(line, label="")

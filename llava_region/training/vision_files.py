@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,9 +146,9 @@ def read_tensors(path: str, flag: str) -> dict[str, torch.Tensor]:
     Raises:
         LlavaRegionError: it is not there, or no such file.
     """
-    import pickle
-
     import torch
+
+    from llava_region.checkpoints.tensors import UNREADABLE, load_mapped
 
     file = Path(path)
     if not file.is_file():
@@ -160,8 +159,8 @@ def read_tensors(path: str, flag: str) -> dict[str, torch.Tensor]:
     if problem:
         raise LlavaRegionError(f"{flag} {path} is {problem}")
     try:
-        tensors = torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as e:
+        tensors = load_mapped(file)
+    except UNREADABLE as e:
         raise LlavaRegionError(
             f"{flag} {path} is truncated, or no file of tensors that torch.load can read; copy or download it again"
         ) from e
