@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_region.data.records import text_length
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.training.arguments import OWN_FLAGS
@@ -76,11 +77,7 @@ def rehearse(upstream: Upstream, preflight: Preflight) -> str | None:
 
 def choose(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The longest record, one with and one without an image, and some more, always the same."""
-
-    def length(record: dict[str, Any]) -> int:
-        return sum(len(turn["value"]) for turn in record["conversations"])
-
-    first = [max(records, key=length)] if records else []
+    first = [max(records, key=text_length)] if records else []
     for kind in (True, False):
         first += [next((r for r in records if ("image" in r) == kind), None)]
     chosen = list({id(record): record for record in first if record is not None}.values())
@@ -103,9 +100,7 @@ def command_line(upstream: Upstream, args: Namespace) -> list[str]:
 
 def _run(upstream: Upstream, flags: list[str], folder: Path) -> dict[str, Any]:
     """Run `main` in a process of its own, in `folder`; returns what it found."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in LAUNCHER and not name.startswith(("TORCHELASTIC", "ACCELERATE"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     child = {
         **kept, "PYTHONPATH": os.pathsep.join(filter(None, [path, *kept.get("PYTHONPATH", "").split(os.pathsep)])),

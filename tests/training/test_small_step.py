@@ -84,6 +84,16 @@ def test_what_cannot_run_is_said(tiny, tmp_path, capsys, monkeypatch):
     assert code == 0 and "not run: UnsupportedUpstream: cannot import llava.train.train of LLaVA: needs a GPU" in out
 
 
+def test_it_is_one_process_wherever_the_dry_run_is_started(tiny, tmp_path, monkeypatch):
+    upstream = upstreams.get("llava")
+    checked = preflight.check(upstream, command(tiny, tmp_path, **LORA)[1:])
+    ranks = {"RANK": "3", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    line = rehearse(upstream, checked)
+    assert line is not None and DONE in line
+
+
 def test_which_records():
     def record(length, image=False):
         return {"conversations": [{"value": "x" * length}], **({"image": "a"} if image else {})}
