@@ -17,6 +17,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder
 from llava_region.region import Region, read_scores
 from llava_region.run_files import REGION_FILE
+from llava_region.scores.scored_model import check_scored_model
 from llava_region.surgery.merge import merged_model
 from llava_region.surgery.self_check import self_test
 
@@ -37,7 +38,7 @@ def prune(
         model: a full model, or a LoRA run (or a `checkpoint-N` of one), which is merged on the way.
         out: folder to write; appears only when it is whole and has passed the self test.
         drop: how many layers to drop: those outside `protect` with the lowest `angular_distance`; ties to the lower index.
-        scores: file written by `llava-region score` for this model.
+        scores: file written by `llava-region score` for this model, for the LoRA run that it was merged from, or for such a merge.
         layers: exactly the layers to drop, as a spec or indices; region layers too, if named.
         protect: layers never to drop, a spec or indices; `none` protects none. Default: the region in `region.json`.
         base: for a LoRA run, what it was trained on. Default: the one that the run names.
@@ -49,7 +50,7 @@ def prune(
         numbers, "new_to_old", "bytes", "remarks": [str]}`. Old numbers are `model`'s own.
 
     Raises:
-        LlavaRegionError: not a model, a damaged one, layers or scores that do not fit, or the self test failed.
+        LlavaRegionError: not a model, a damaged one, layers that do not fit, scores of another model, or the self test failed.
     """
     source, remarks = ModelSource.of(model), []
     if source.kind == "adapter":
@@ -60,6 +61,8 @@ def prune(
         whole = read_model(source)
     check_output(out, (source.path, whole.path), force)
     dropped = layers_to_drop(whole, drop=drop, scores=scores, layers=layers, protect=protect)
+    if scores is not None:
+        remarks = [*remarks, *check_scored_model(scores, source, whole.merged_from)]
     pruned = without_layers(whole, dropped)
     assert pruned.region is not None
     with output_folder(out, force) as folder:
@@ -142,7 +145,7 @@ def without_layers(model: ModelFolder, dropped: Iterable[int]) -> ModelFolder:
     config = _pruned_config(model.config, kept, model.num_layers)
     if "visual_region" in config or model.region is not None:
         config["visual_region"] = {key: region[key] for key in ("layers", "num_layers", "spec")}
-    return replace(model, tensors=tensors, config=config, region=region)
+    return replace(model, tensors=tensors, config=config, region=region, merged_from=None)  # it is no longer what was merged
 
 
 def _pruned_config(config: dict[str, Any], kept: list[int], num_layers: int) -> dict[str, Any]:
