@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+from typing import Any
 
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
-from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, TRAINER_BIN_FILES
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json
+from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, MERGED_FROM_FILE, TRAINER_BIN_FILES
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -32,3 +35,27 @@ def weights_digest(*models: ModelLike) -> str:
                     file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def merge_record(run: ModelLike, base: ModelLike) -> dict[str, str]:
+    """What `merged_from.json` of a merged model says: where its run and base lay, and their digests.
+
+    Raises:
+        LlavaRegionError: one of them is not a model.
+    """
+    return {"run": str(run), "fingerprint": weights_digest(run), "base": str(base), "base_fingerprint": weights_digest(base)}
+
+
+def read_merge_record(model: ModelSource) -> dict[str, Any] | None:
+    """`merged_from.json` of a model; None where it was not merged, or by 0.1.0, which wrote none.
+
+    Raises:
+        LlavaRegionError: the file is malformed.
+    """
+    file = model.path / MERGED_FROM_FILE
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("fingerprint", "base_fingerprint")):
+        raise LlavaRegionError(f"{file} does not hold the texts 'fingerprint' and 'base_fingerprint'; merge again, or remove the file")
+    return record

@@ -17,7 +17,14 @@ from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
 from llava_region.decoder import declared, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import follow_links, read_json, refuse_existing, write_json
-from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, TRAINER_FILES
+from llava_region.run_files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    MERGED_FROM_FILE,
+    REGION_FILE,
+    TRAINER_FILES,
+)
 
 # Two models whose configs differ in one of these have tensors of different shapes. The last two are MPT's.
 SHAPE_KEYS = (
@@ -25,7 +32,7 @@ SHAPE_KEYS = (
 )  # fmt: skip
 VISION_TYPES = ("clip", "siglip")  # with both of their halves, or the vision model alone
 _SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".tiktoken", ".jinja")
-_NOT_COPIED = (CONFIG_FILE, GENERATION_CONFIG_FILE, REGION_FILE, ADAPTER_CONFIG_FILE, *TRAINER_FILES)
+_NOT_COPIED = (CONFIG_FILE, GENERATION_CONFIG_FILE, MERGED_FROM_FILE, REGION_FILE, ADAPTER_CONFIG_FILE, *TRAINER_FILES)
 _SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_p")
 
 
@@ -40,6 +47,7 @@ class ModelFolder:
         region: `region.json` (else `visual_region` of the config), or None.
         generation_config: `generation_config.json`, or None.
         side_files: tokenizer, image processor and model code files to copy, by name.
+        merged_from: for a model that is merged right now, its `merge_record`.
     """
 
     path: Path
@@ -48,6 +56,7 @@ class ModelFolder:
     region: dict | None = None
     generation_config: dict | None = None
     side_files: dict[str, Path] = field(default_factory=dict)
+    merged_from: dict[str, str] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -109,6 +118,8 @@ def write_model(model: ModelFolder, folder: Path, description: str) -> int:
     write_json(folder / CONFIG_FILE, model.config)
     if model.generation_config is not None:
         write_json(folder / GENERATION_CONFIG_FILE, savable(model.generation_config))
+    if model.merged_from is not None:
+        write_json(folder / MERGED_FROM_FILE, model.merged_from)
     if model.region is not None:
         write_json(folder / REGION_FILE, model.region)
     return size

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_region import __version__, processes
 from llava_region import files as atomic
-from llava_region.checkpoints.identity import weights_digest
+from llava_region.checkpoints.identity import read_merge_record, weights_digest
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.errors import LlavaRegionError
 from llava_region.models.loading import DTYPES, check_base, load, named_base
@@ -157,9 +157,11 @@ def _identity(model: ModelSource, base: ModelSource | None, datasets: list[Datas
     }
 
 
-def _identity_of(model: ModelSource) -> dict[str, str]:
-    """Where a model lies, and which it is."""
-    return {"folder": str(model), "fingerprint": weights_digest(model)}
+def _identity_of(model: ModelSource) -> dict[str, Any]:
+    """Where a model lies, and which it is; of a merged model also of which run and base."""
+    merged = read_merge_record(model)
+    origin = {"merged_from": {key: merged[key] for key in ("fingerprint", "base_fingerprint")}} if merged else {}
+    return {"folder": str(model), "fingerprint": weights_digest(model), **origin}
 
 
 def _weight_scores(model: ModelSource, base: ModelSource | None, options: Options) -> dict[str, dict[str, Any]]:

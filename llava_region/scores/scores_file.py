@@ -1,6 +1,6 @@
 """`scores.json`: what `llava-region score` writes, and how its metrics agree.
 
-    {"num_layers": L, "model": {"folder", "fingerprint"}, "base": likewise or null,
+    {"num_layers": L, "model": {"folder", "fingerprint", "merged_from": of a merged model}, "base": likewise or null,
      "data": [{"file", "sha256", "records", "used"}], "samples": N,
      "metrics": {NAME: {"scores": [L numbers], "options": {...}, "samples": n or null for weights}},
      "correlation": {NAME: {NAME: Spearman's rho or null}},

@@ -14,6 +14,7 @@ import torch
 
 from llava_region import upstreams
 from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter, trained_whole
+from llava_region.checkpoints.identity import merge_record
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Computed, Entry, refuse_not_finite
 from llava_region.checkpoints.whole_model import (
@@ -102,7 +103,7 @@ def merged_model(run: ModelLike, base: ModelLike | None = None) -> tuple[ModelFo
     base = base or (region or {}).get("base_model") or adapter.config.get("base_model_name_or_path")
     if not base:
         raise LlavaRegionError(f"{run} names no base model; give the one it was trained on with --base")
-    model = read_model(base)
+    model = read_model(origin := ModelSource.of(base))
     check_same_shape(config, model.config, (f"the run {run}", f"the base {base}"))
     if run.besides_file is None:
         raise LlavaRegionError(
@@ -117,7 +118,7 @@ def merged_model(run: ModelLike, base: ModelLike | None = None) -> tuple[ModelFo
     if region is not None:
         region = {**region, "merged_from": {"run": str(run), "base": str(base)}}
     merged = replace(model, config=_merged_config(config, tensors), tensors=tensors, region=region, side_files=_side_files(run, model))
-    return merged, _remarks(config, region)
+    return replace(merged, merged_from=merge_record(run, origin)), _remarks(config, region)
 
 
 def _refuse_full(run: ModelSource) -> None:

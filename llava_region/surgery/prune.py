@@ -10,18 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, ModelLike, ModelSource
+from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.whole_model import ModelFolder, check_output, read_model, write_model
 from llava_region.decoder import layer_index, with_layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder
 from llava_region.region import Region, read_scores
 from llava_region.run_files import REGION_FILE
+from llava_region.scores.scored_model import check_scored_model
 from llava_region.surgery.merge import merged_model
+from llava_region.surgery.pruned_config import pruned_config, renumbered, unknown_lists
 from llava_region.surgery.self_check import self_test
-
-# Lists of the config that do not have one entry per decoder layer, whatever their length is.
-_NOT_PER_LAYER = ("architectures", "image_grid_pinpoints", "eos_token_id", "reverted_layers")
 
 
 def prune(
@@ -37,7 +36,7 @@ def prune(
         model: a full model, or a LoRA run (or a `checkpoint-N` of one), which is merged on the way.
         out: folder to write; appears only when it is whole and has passed the self test.
         drop: how many layers to drop: those outside `protect` with the lowest `angular_distance`; ties to the lower index.
-        scores: file written by `llava-region score` for this model.
+        scores: file written by `llava-region score` for this model, for the LoRA run that it was merged from, or for such a merge.
         layers: exactly the layers to drop, as a spec or indices; region layers too, if named.
         protect: layers never to drop, a spec or indices; `none` protects none. Default: the region in `region.json`.
         base: for a LoRA run, what it was trained on. Default: the one that the run names.
@@ -49,7 +48,7 @@ def prune(
         numbers, "new_to_old", "bytes", "remarks": [str]}`. Old numbers are `model`'s own.
 
     Raises:
-        LlavaRegionError: not a model, a damaged one, layers or scores that do not fit, or the self test failed.
+        LlavaRegionError: not a model, a damaged one, layers that do not fit, scores of another model, or the self test failed.
     """
     source, remarks = ModelSource.of(model), []
     if source.kind == "adapter":
@@ -60,6 +59,9 @@ def prune(
         whole = read_model(source)
     check_output(out, (source.path, whole.path), force)
     dropped = layers_to_drop(whole, drop=drop, scores=scores, layers=layers, protect=protect)
+    if scores is not None:
+        remarks = [*remarks, *check_scored_model(scores, source, whole.merged_from)]
+    remarks = [*remarks, *unknown_lists(whole.config, whole.num_layers)]
     pruned = without_layers(whole, dropped)
     assert pruned.region is not None
     with output_folder(out, force) as folder:
@@ -144,29 +146,10 @@ def without_layers(model: ModelFolder, dropped: Iterable[int]) -> ModelFolder:
         elif layer in new:
             tensors[with_layer_index(name, new[layer])] = entry
     region = _pruned_region(model, kept)
-    config = _pruned_config(model.config, kept, model.num_layers)
+    config = pruned_config(model.config, kept, model.num_layers)
     if "visual_region" in config or model.region is not None:
         config["visual_region"] = {key: region[key] for key in ("layers", "num_layers", "spec")}
-    return replace(model, tensors=tensors, config=config, region=region)
-
-
-def _pruned_config(config: dict[str, Any], kept: list[int], num_layers: int) -> dict[str, Any]:
-    """The config for the kept layers: their count, and every list with one entry per layer."""
-    config = dict(config)
-    for key, value in config.items():
-        if key in LAYER_COUNT_KEYS:
-            config[key] = len(kept)
-        elif key == "max_window_layers":  # Qwen2: where sliding windows begin or end
-            config[key] = sum(i < value for i in kept)
-        elif isinstance(value, list) and len(value) == num_layers and key not in _NOT_PER_LAYER:
-            config[key] = [value[i] for i in kept]
-        elif key == "reverted_layers":
-            config[key] = _renumbered(value, kept)
-    return config
-
-
-def _renumbered(layers: Iterable[int], kept: list[int]) -> list[int]:
-    return [kept.index(i) for i in layers if i in kept]
+    return replace(model, tensors=tensors, config=config, region=region, merged_from=None)  # it is no longer what was merged
 
 
 def _pruned_region(model: ModelFolder, kept: list[int]) -> dict:
@@ -179,9 +162,9 @@ def _pruned_region(model: ModelFolder, kept: list[int]) -> dict:
         "original_layers": old["layers"], "original_spec": old.get("spec"),
     }  # fmt: skip
     new_to_old = [before["new_to_old"][i] for i in kept]
-    layers = _renumbered(old["layers"], kept)
+    layers = renumbered(old["layers"], kept)
     dropped = [i for i in range(before["original_num_layers"]) if i not in new_to_old]
     region = {**old, "layers": layers, "num_layers": len(kept), "spec": ",".join(map(str, layers))}
     if "reverted" in old:
-        region["reverted"] = {**old["reverted"], "layers": _renumbered(old["reverted"]["layers"], kept)}
+        region["reverted"] = {**old["reverted"], "layers": renumbered(old["reverted"]["layers"], kept)}
     return {**region, "pruned": {**before, "dropped": dropped, "new_to_old": new_to_old}}
