@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
 
 from llava_region.errors import UnsupportedUpstream
 
@@ -28,7 +31,31 @@ def import_upstream(name: str, title: str, fix: str) -> ModuleType:
     try:
         return import_module(name)
     except Exception as e:  # transformers' lazy modules raise RuntimeError, clashing model types ValueError
-        raise UnsupportedUpstream(f"cannot import {name} of {title}: {e}; {fix}") from e
+        raise UnsupportedUpstream(f"cannot import {name} of {title}: {e}; {_what_helps(e, name) or fix}") from e
+
+
+def _what_helps(error: BaseException, name: str) -> str | None:
+    """The pip command for a package that the import of `name` misses, or else for those whose versions this package does not take."""
+    cause: BaseException | None = error
+    while cause is not None:
+        missing = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+        if missing and missing not in (name.partition(".")[0], "llava_region"):
+            # with torch named, pip takes the version that was made for it, and does not replace it
+            torch = f" torch=={version('torch').partition('+')[0]}" if missing == "torchvision" else ""
+            return f"the package '{missing}' is missing: pip install {missing}{torch}"
+        cause = cause.__cause__ or cause.__context__
+    wrong = [f"'{found.name}{found.specifier}'" for found in map(Requirement, requires("llava-region") or ()) if _misses(found)]
+    return f"installed versions do not fit: pip install {' '.join(wrong)}" if wrong else None
+
+
+def _misses(requirement: Requirement) -> bool:
+    """Whether a version outside the required range is installed; what only an extra asks for is left out."""
+    if requirement.marker is not None:
+        return False
+    try:
+        return not requirement.specifier.contains(version(requirement.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
 
 
 def require(module: ModuleType | type, symbol: str, tested: str, parameters: tuple[str, ...] | None = None) -> Any:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from llava_region.decoder import layer_index
@@ -69,11 +71,16 @@ def llava_flags(tiny, out, **changes) -> list[str]:
 LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "mm_projector_lr": 2e-5}
 
 
+def deepspeed_on_cpu() -> dict[str, str]:
+    """What has DeepSpeed use the CPU; before 0.14 that asks for a package of Intel's, and DeepSpeed is left to find out by itself."""
+    return {} if Version(metadata.version("deepspeed")) < Version("0.14") else {"DS_ACCELERATOR": "cpu"}
+
+
 def environment(**extra) -> dict:
     """Environment for a training process: CPU, offline, one thread a rank, this checkout importable."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), str(root / "tests" / "startup"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+    return {**os.environ, "PYTHONPATH": path, **deepspeed_on_cpu(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
 def train(flags: list[str], upstream: str = "llava", launcher: tuple[str, ...] = (), **kwargs) -> subprocess.CompletedProcess:
