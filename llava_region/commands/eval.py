@@ -28,7 +28,7 @@ def command(
 
     Several GPUs: torchrun --nproc_per_node 8 -m llava_region eval ... A killed run goes on where it was when started again.
     """
-    from llava_region import locks, processes, tasks
+    from llava_region import processes, tasks
     from llava_region.errors import LlavaRegionError
     from llava_region.evaluation.evaluate import evaluate, score_predictions
 
@@ -48,11 +48,10 @@ def command(
     else:
         if not model or not out:
             raise LlavaRegionError("give a MODEL and --out, or --predictions with an answers file to score")
-        with locks.held_by_run(out, wait=locks.STALE):
-            results = evaluate(
-                model, names, data_root, out, base=base, batch_size=batch_size, limit=limit, workers=workers, device=device, dtype=dtype,
-                template=template,
-            )  # fmt: skip
+        results = evaluate(
+            model, names, data_root, out, base=base, batch_size=batch_size, limit=limit, workers=workers, device=device, dtype=dtype,
+            template=template,
+        )  # fmt: skip
     if processes.is_first():
         print(json.dumps(results)) if as_json else _show(results)
 

@@ -1,6 +1,7 @@
 """`llava-region perplexity`: how well a model predicts answers, as it is and with layers back at the backbone's weights."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,27 @@ def command(
 
     With --revert-sweep also for each set of decoder layers put back to the backbone's weights (paper, Figure 1, left).
     """
+    from llava_region import locks
     from llava_region.evaluation.perplexity import sweep
     from llava_region.evaluation.perplexity_plot import check_plot, draw
     from llava_region.files import refuse_existing, write_json
 
-    if out:
-        refuse_existing(out, force)
-    if plot:
-        check_plot(plot, force)
-    result = sweep(
-        model, data, image_folder=image_folder, base=base, lora_base=lora_base, revert=revert_sweep, batch_size=batch_size,
-        workers=workers, device=device, dtype=dtype, template=template,
-    )  # fmt: skip
-    rows = result["rows"]
-    if out:
-        write_json(out, result)
-    if plot:
-        draw(rows, plot)
+    with ExitStack() as stack:
+        for path in filter(None, (out, plot)):
+            stack.enter_context(locks.held(path))
+        if out:
+            refuse_existing(out, force)
+        if plot:
+            check_plot(plot, force)
+        result = sweep(
+            model, data, image_folder=image_folder, base=base, lora_base=lora_base, revert=revert_sweep, batch_size=batch_size,
+            workers=workers, device=device, dtype=dtype, template=template,
+        )  # fmt: skip
+        rows = result["rows"]
+        if out:
+            write_json(out, result)
+        if plot:
+            draw(rows, plot)
     if as_json:
         print(json.dumps(result))
     else:

@@ -48,7 +48,6 @@ def command(
     as_json: bool = typer.Option(False, "--json", help="Print what was written (without instances), and the highest layers."),
 ) -> None:
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
-    from llava_region import locks
     from llava_region.checkpoints.model_source import ModelSource
     from llava_region.scores.metrics import parse_metrics
     from llava_region.scores.pass_over_data import Interrupted
@@ -63,8 +62,7 @@ def command(
         force=force,
     )  # fmt: skip
     try:
-        with locks.held_by_run(out, wait=locks.STALE):
-            result = score(source, data, out, options)
+        result = score(source, data, out, options)
     except Interrupted as e:
         print(e, file=sys.stderr)
         raise typer.Exit(130) from e

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_region import __version__, processes, tasks
+from llava_region import __version__, locks, processes, tasks
 from llava_region.checkpoints.identity import weights_digest
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.data.images import UnreadableImage, prefetch, read_pixels
@@ -80,21 +80,21 @@ def evaluate(
     """
     from llava_region.models.loading import base_to_load, check_base, load
 
-    data_root, out = Path(data_root), Path(out)
-    found = {name: tasks.load(name) for name in names}
-    tasks.check(list(names), data_root)
-    source = ModelSource.of(model)
-    on = base_to_load(source, base)
-    check_base(source, on)
-    seeing = [name for name, task in found.items() if task.visual]
-    if seeing and source.upstream is None:
-        raise LlavaRegionError(
-            f"{source} is a language model without a vision tower, so it cannot do {', '.join(seeing)}; allowed: mmlu, bbh"
-        )
-    examples = {name: task.examples(data_root) for name, task in found.items()}
-    digests = {name: questions_digest(task, examples[name]) for name, task in found.items()}
-    settings: dict[str, Any] = {"weights": weights_digest(source, *([on] if on else [])), "tasks": digests}
-    with processes.joined():
+    with locks.held_by_run(out, wait=locks.STALE):
+        data_root, out = Path(data_root), Path(out)
+        found = {name: tasks.load(name) for name in names}
+        tasks.check(list(names), data_root)
+        source = ModelSource.of(model)
+        on = base_to_load(source, base)
+        check_base(source, on)
+        seeing = [name for name, task in found.items() if task.visual]
+        if seeing and source.upstream is None:
+            raise LlavaRegionError(
+                f"{source} is a language model without a vision tower, so it cannot do {', '.join(seeing)}; allowed: mmlu, bbh"
+            )
+        examples = {name: task.examples(data_root) for name, task in found.items()}
+        digests = {name: questions_digest(task, examples[name]) for name, task in found.items()}
+        settings: dict[str, Any] = {"weights": weights_digest(source, *([on] if on else [])), "tasks": digests}
         loaded = load(source, on, device=processes.device(device), dtype=dtype, template=template)
         settings.update(template=loaded.template, dtype=str(loaded.model.dtype).removeprefix("torch."))
         _agree(out, settings)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_region import __version__, processes
+from llava_region import __version__, locks, processes
 from llava_region import files as atomic
 from llava_region.checkpoints.identity import read_merge_record, weights_digest
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
@@ -64,12 +64,12 @@ def score(model: ModelLike, data: list[Path], out: Path, options: Options) -> di
         LlavaRegionError: bad input; before any weights are loaded.
         Interrupted: stopped by a signal, progress saved next to `out`.
     """
-    source = ModelSource.of(model)
-    base = _base(source, options)
-    samples, datasets = _check(source, base, data, out, options)
-    wanted = tuple(name for name in ACTIVATION_METRICS if name in options.metrics)
-    identity = _identity(source, base, datasets, options)
-    with processes.joined():
+    with locks.held_by_run(out, wait=locks.STALE):
+        source = ModelSource.of(model)
+        base = _base(source, options)
+        samples, datasets = _check(source, base, data, out, options)
+        wanted = tuple(name for name in ACTIVATION_METRICS if name in options.metrics)
+        identity = _identity(source, base, datasets, options)
         weights = _weight_scores(source, base, options) if processes.is_first() else {}
         activations = _activation_scores(source, base, samples, wanted, out, options, identity) if wanted else None
         if not processes.is_first():

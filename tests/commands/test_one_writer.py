@@ -1,36 +1,38 @@
-"""No command writes where another process is writing."""
-
-from pathlib import Path
+"""What Python and the command line write is held meanwhile: another process is refused, and nothing changes."""
 
 import pytest
 
-from llava_region import locks
+pytest.importorskip("llava.model")
+
+from llava_region import LlavaRegionError, evaluate, locks
+from llava_region.scores.score import Options, score
 from tests.helpers.command_line import refused
+from tests.helpers.data_roots import write_all
 
-MODEL = '{"num_hidden_layers": 8, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+
+@pytest.fixture(params=["out.json"])
+def held(request, tmp_path, monkeypatch):
+    """An output that another process writes, and for which nobody waits."""
+    out = tmp_path / request.param
+    monkeypatch.setattr(locks, "STALE", 0.0)
+    with locks.held(out):
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_held", {})
+            yield out
+    assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["recipes", "OUT"],
-        ["subset", "DATA", "--fraction", "1/2", "--out", "OUT"],
-        ["eval", "MODEL", "--task", "mmlu", "--data-root", "DATA", "--out", "OUT"],
-        ["score", "MODEL", "--metrics", "parameter_change", "--out", "OUT"],
-    ],
-    ids=lambda argv: argv[0],
-)
-def test_an_output_in_use_is_refused(
-    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    places = {"OUT": tmp_path / "out.json", "DATA": tmp_path / "data.json", "MODEL": tmp_path / "model"}
-    places["DATA"].write_text("[" + ",".join(['{"id": "a", "conversations": []}'] * 4) + "]")
-    places["MODEL"].mkdir()
-    (places["MODEL"] / "config.json").write_text(MODEL)
-    (places["MODEL"] / "model.safetensors").write_bytes(b"")
-    before = sorted(tmp_path.iterdir())
-    with locks.held(places["OUT"]), monkeypatch.context() as patch:
-        patch.setattr(locks, "_held", {})  # as another process sees it
-        patch.setattr(locks, "STALE", 0)
-        assert "in use: process " in refused(capsys, *[places.get(arg, arg) for arg in argv])
-    assert sorted(tmp_path.iterdir()) == before
+def test_python_that_evaluates(held, llava_checkpoint, tmp_path):
+    with pytest.raises(LlavaRegionError, match="in use: process "):
+        evaluate(llava_checkpoint, ["gqa"], write_all(tmp_path / "root"), held)
+
+
+def test_python_that_scores(held, llava_checkpoint, tiny):
+    with pytest.raises(LlavaRegionError, match="in use: process "):
+        score(llava_checkpoint, [tiny.data], held, Options(metrics=("block_influence",), image_folder=tiny.images))
+
+
+@pytest.mark.parametrize(("option", "held"), [("--out", "out.json"), ("--plot", "out.png")], indirect=["held"])
+def test_perplexity(held, llava_checkpoint, tiny, option, capsys):
+    data = ["--data", tiny.data, "--image-folder", tiny.images]
+    assert "in use: process " in refused(capsys, "perplexity", llava_checkpoint, *data, option, held)

@@ -113,6 +113,11 @@ def twice(command: list[str], moment: float) -> list[Ended]:
     return [first.end(hit), second.end(hit)]
 
 
+def kilobytes(folder: Path) -> int:
+    """What a folder takes on a disk in memory, which gives whole pages of 4 KiB."""
+    return 4 * sum(1 + path.stat().st_size // 4096 for path in (folder, *folder.rglob("*")))
+
+
 def out_of_space(command: list[str], folder: Path, kilobytes: int) -> Ended:
     """On a disk of this size, mounted at `folder`, in which the command writes."""
     kept = folder.with_name(folder.name + ".kept")

@@ -98,7 +98,8 @@ def crash(reference: Reference, name: str, kinds: list[str], rng: random.Random,
     struck = []
     for number, kind in enumerate(kinds):
         command = operation.command(out) + (list(operation.again) if number else [])
-        moment, size = rng.uniform(*moments) * seconds, int(rng.uniform(0.1, 0.9) * kilobytes) + 4
+        # a disk holds what earlier blows left, and some of what is missing
+        moment, size = rng.uniform(*moments) * seconds, blows.kilobytes(work) + int(rng.uniform(0.1, 0.9) * kilobytes) + 4
         hit = strike(kind, command, work, moment, size)
         struck.append(kind if hit else f"{kind} too late")
         if out.exists() and not operation.grows:  # under its final name is all of it, or nothing
