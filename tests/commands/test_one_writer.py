@@ -15,10 +15,9 @@ def held(request, tmp_path, monkeypatch):
     """An output that another process writes, and for which nobody waits."""
     out = tmp_path / request.param
     monkeypatch.setattr(locks, "STALE", 0.0)
-    with locks.held(out):
-        with monkeypatch.context() as patch:
-            patch.setattr(locks, "_held", {})
-            yield out
+    with locks.held(out), monkeypatch.context() as patch:
+        patch.setattr(locks, "_held", {})
+        yield out
     assert not out.exists()
 
 
