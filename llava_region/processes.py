@@ -150,7 +150,7 @@ class _Meeting:
 
     def _set(self, name: str, value: Any) -> None:
         try:
-            self.store.set(name, pickle.dumps(value))
+            self.store.set(name, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes, as `get` gives them
         except RuntimeError as e:
             raise LlavaRegionError(f"process 0 has ended, as process {self.number} found; its own output says why") from e
 
@@ -260,5 +260,7 @@ def gather(value: Item) -> list[Item]:
 def add_up(table: Tensor) -> Tensor:
     """The sum of a small CPU tensor over the processes, in all, written into `table` too."""
     if world_size() > 1:
-        table.copy_(sum(gather(table)))
+        import torch
+
+        table.copy_(torch.stack(gather(table)).sum(0))
     return table
