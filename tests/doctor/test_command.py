@@ -53,7 +53,7 @@ def test_one_column_per_upstream(third: Upstream) -> None:
     assert list(table)[:4] == ["python", "torch", "cuda", "GPU"] and list(table)[-3:] == ["LLaVA", "Bunny", "Third"]
     assert table["torch"] == ("2.13.0+cu126", ">=2.1", ">=2.1", ">=2.7", "ok")
     assert table["cuda"] == ("12.6", "any", "any", "any", "ok")
-    assert table["peft"] == ("0.10.0", ">=0.10,<0.13", ">=0.10,<0.13", "any", "ok")
+    assert table["peft"] == ("0.10.0", ">=0.10,<0.14", ">=0.10,<0.13", "any", "ok")
     assert table["LLaVA"] == ("1.2.2.post1", "c121f04", "", "", "ok")
     assert table["Bunny"] == ("not installed", "", "08273ac", "", "-")
     assert table["Third"] == ("no version", "", "", "abcdef0", "ok")
