@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from llava_region.decoder import layer_index
@@ -71,6 +73,9 @@ def llava_flags(tiny, out, **changes) -> list[str]:
 
 
 needs_fp16 = pytest.mark.skipif(not computes_fp16_on_cpu(), reason="this torch (2.1, which LLaVA pins) computes nothing in fp16 on a CPU")
+needs_zero_on_cpu = pytest.mark.skipif(
+    Version(version("accelerate")) < Version("0.22"), reason="accelerate 0.21, which LLaVA pins, starts ZeRO on GPUs only"
+)
 LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "mm_projector_lr": 2e-5}
 
 
