@@ -11,7 +11,8 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__, commands
-from llava_region.errors import BAD_INPUT, LlavaRegionError, Program, guarded
+from llava_region.errors import LlavaRegionError
+from llava_region.errors.ending import BAD_INPUT, Program, guarded
 
 if TYPE_CHECKING:
     import typer

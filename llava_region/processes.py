@@ -1,34 +1,38 @@
 """The processes of one run: which of them this is, who does what, and what they tell each other.
 
 torchrun, deepspeed and job schedulers say by the environment (RANK, LOCAL_RANK, WORLD_SIZE) which process this is; where they
-do not, it is alone. Training's own communication is the upstream trainer's; what is here exchanges only a few numbers, on CPU
-(gloo), for the tools that share their work.
+do not, it is alone. Training's own communication is the upstream trainer's; what is here exchanges only a few numbers, before
+training and for the tools that share their work.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import pickle
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llava_region.errors import LlavaRegionError
+
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store
 
 Item = TypeVar("Item")
 
-# Only waiting can run into it: for the process with the longest answers, the slowest disk, or the weights to compare. One
-# that died is noticed by the launcher, which stops the others, so the limit is beyond any run.
-TIMEOUT = timedelta(days=30)
+START = timedelta(minutes=30)  # for the processes of all nodes to have started, as torch's own groups wait
 LEAVING = 10.0  # seconds; a group whose other processes are lost, or busy, may not let go
 SETTLE = 0.2  # seconds
+SHORTEST, LONGEST = 0.005, 0.2  # seconds between two looks at what another process may have said
 
-_stores: list[Any] = []
+_meeting: _Meeting | None = None
+_blocks = 0  # of `joined`, one inside another
 
 
 def rank() -> int:
@@ -79,30 +83,125 @@ def share(items: list[Item]) -> list[Item]:
     return items[rank() :: world_size()]
 
 
+class _Meeting:
+    """The processes of a run, which tell each other values by the store of torch's rendezvous.
+
+    There is no process group: gloo would need a network interface by which all nodes reach each other, which training over
+    NCCL may never have needed. Every process has to take part in the same exchanges, in the same order.
+
+    Args:
+        store: where the upstream's own process group meets later; number, size: which process this is, of how many.
+    """
+
+    def __init__(self, store: Store, number: int, size: int) -> None:
+        self.store, self.number, self.size = store, number, size
+        self.round = 0
+
+    @classmethod
+    def of_this_run(cls) -> _Meeting:
+        """Of the processes that a launcher started.
+
+        Raises:
+            LlavaRegionError: the environment does not say where the first of them is, or it cannot be reached.
+        """
+        from torch.distributed import PrefixStore, rendezvous
+
+        try:
+            store, number, size = next(rendezvous("env://", timeout=START))
+        except (RuntimeError, ValueError) as e:
+            where = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise LlavaRegionError(
+                f"process {rank()} of {world_size()} does not reach the first one at {where}: {' '.join(str(e).split())[:200]}; start "
+                "all of them by torchrun or deepspeed, or unset WORLD_SIZE for a run of one process"
+            ) from e
+        # processes that torchrun has started again find what those before them left in the store
+        return cls(PrefixStore(f"llava_region/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), number, size)
+
+    def exchange(self, value: Item) -> list[Item]:
+        """Every process's value, by number.
+
+        Raises:
+            LlavaRegionError: another process has failed or ended.
+        """
+        self.round += 1
+        answer = f"{self.round}/all"
+        if self.number:
+            self._set(f"{self.round}/{self.number}", value)
+            return self._get(answer)
+        values = [value, *(self._get(f"{self.round}/{number}") for number in range(1, self.size))]
+        self._set(answer, values)
+        for number in range(1, self.size):
+            self.store.delete_key(f"{self.round}/{number}")
+        self.store.delete_key(f"{self.round - 1}/all")  # which all have read, as they are in this round
+        return values
+
+    def fail(self, problem: str) -> None:
+        """Let those that wait for this process know that it has ended."""
+        with suppress(LlavaRegionError):  # the first process has ended before, and with it those that would wait
+            self._set("failed", f"process {self.number}: {problem}")
+
+    def part(self) -> None:
+        """Wait for the others to have read what they were told: the store ends with the first process, and a launcher ends the others."""
+        with suppress(RuntimeError):  # the store is gone, and with it the reason to wait
+            self.store.add(f"{self.round}/left", 1)
+            deadline = time.monotonic() + LEAVING
+            while self.store.add(f"{self.round}/left", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(SHORTEST)
+
+    def _set(self, name: str, value: Any) -> None:
+        try:
+            self.store.set(name, pickle.dumps(value))
+        except RuntimeError as e:
+            raise LlavaRegionError(f"process 0 has ended, as process {self.number} found; its own output says why") from e
+
+    def _get(self, name: str) -> Any:
+        pause = SHORTEST
+        try:
+            while not self.store.check([name]):
+                if self.store.check(["failed"]):
+                    raise LlavaRegionError(pickle.loads(self.store.get("failed")))
+                time.sleep(pause)
+                pause = min(pause * 1.5, LONGEST)
+            return pickle.loads(self.store.get(name))
+        except RuntimeError as e:
+            raise LlavaRegionError(f"process 0 has ended, as process {self.number} found; its own output says why") from e
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the processes for the length of a block; the functions below need it where there are several.
 
-    All processes have to enter it. Inside another such block, or where the caller has joined them, nothing is done.
-    """
-    if world_size() == 1:
-        yield
-        return
-    from torch import distributed
+    All processes have to enter it. Inside another such block, or where the caller has a process group, nothing is done. The
+    meeting is kept: the upstream's own process group meets at the same store.
 
-    if distributed.is_initialized():
+    Raises:
+        LlavaRegionError: they cannot reach each other.
+    """
+    global _meeting, _blocks
+    if world_size() == 1 or (_meeting is None and _has_group()):
         yield
         return
-    # Names of its own in the store: whoever joins the processes afterwards, such as a trainer, would find those of this group there.
-    # The store is kept, as the process that serves it could not open its port again at once.
-    store, number, size = next(distributed.rendezvous("env://", timeout=TIMEOUT))
-    _stores.append(store)
-    store = distributed.PrefixStore(f"llava_region/{len(_stores)}", store)
-    distributed.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=TIMEOUT)
+    if _meeting is None:
+        _meeting = _Meeting.of_this_run()
+    _blocks += 1
     try:
         yield
+    except BaseException as e:
+        if _blocks == 1:
+            _meeting.fail(str(e) or type(e).__name__)
+        raise
     finally:
-        distributed.destroy_process_group()
+        _blocks -= 1
+        if _blocks == 0:
+            _meeting.part()
+
+
+def _has_group() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def leave(code: int | None) -> None:
@@ -116,12 +215,10 @@ def leave(code: int | None) -> None:
         code: the process is over and may end with it at once, if the group does not let go; None: after an error, which is
             still to be reported.
     """
-    if "torch" not in sys.modules:
+    if not _has_group():
         return
     from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
     gc.collect()  # what refers to a group, such as the wrapper of a model, keeps its threads
     thread = threading.Thread(target=distributed.destroy_process_group, daemon=True)
     thread.start()
@@ -135,27 +232,24 @@ def leave(code: int | None) -> None:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if world_size() > 1:
-        from torch import distributed
-
-        distributed.barrier()
+    gather(None)
 
 
 def broadcast(value: Item) -> Item:
     """The first process's value, in all."""
-    if world_size() == 1:
-        return value
-    from torch import distributed
-
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather(value if is_first() else None)[0]  # type: ignore[return-value]
 
 
 def gather(value: Item) -> list[Item]:
-    """Every process's value, by rank, in all."""
+    """Every process's value, by rank, in all.
+
+    Raises:
+        LlavaRegionError: another process has failed or ended.
+    """
     if world_size() == 1:
         return [value]
+    if _meeting is not None:
+        return _meeting.exchange(value)
     from torch import distributed
 
     values = [value] * world_size()
@@ -164,9 +258,7 @@ def gather(value: Item) -> list[Item]:
 
 
 def add_up(table: Tensor) -> Tensor:
-    """The sum of a CPU tensor over the processes, in all, written into `table` too."""
+    """The sum of a small CPU tensor over the processes, in all, written into `table` too."""
     if world_size() > 1:
-        from torch import distributed
-
-        distributed.all_reduce(table)
+        table.copy_(sum(gather(table)))
     return table

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_region import processes, upstreams
-from llava_region.errors import LlavaRegionError, Program, guarded
+from llava_region.errors import LlavaRegionError
+from llava_region.errors.ending import Program, guarded
 from llava_region.training import signals
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from llava_region.checkpoints.identity import weights_digest
 from llava_region.data.records import training_images
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
-from llava_region.run_files import RUN_FILE
+from llava_region.run_files import RUN_FILE, TRAINER_STATE_FILE
 from llava_region.training.model_files import folder_of
 from llava_region.training.preflight import Preflight, deepspeed_settings
 
@@ -36,6 +37,18 @@ FREE = frozenset({
 FREE_BEGINNINGS = (
     "log", "save_", "hub_", "push_to_hub", "eval", "ddp_", "dry_run", "check_", "region_", "include_", "torch_compile", "jit_",
 )  # fmt: skip
+# The same in a DeepSpeed config, by the beginning of the dotted name.
+DEEPSPEED_FREE = (
+    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler", "comms_logger", "tensorboard", "wandb",
+    "csv_monitor", "comet", "activation_checkpointing", "checkpoint", "compile", "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients", "zero_optimization.sub_group_size", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size", "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+    # transformers refuses those that do not agree with the flags, which are compared
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+)  # fmt: skip
 # Compared by more than their values.
 STEPS = ("max_steps", "num_train_epochs")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -50,9 +63,10 @@ class Fingerprint:
     Attributes:
         upstream: whose trainer runs.
         flags: those that decide, with their values; `tune_layers` is in `region.json`.
-        contents: flag -> digest of what the path behind it holds. Where it lies does not matter.
+        contents: flag -> what the path behind it holds, by size and digest. Where it lies does not matter.
         steps: `max_steps` and `num_train_epochs`, which may rise.
-        batch: samples per device and step, accumulation, devices; deepspeed: whether optimizer states are its own.
+        batch: samples per device and step, accumulation, devices; processes: how many, as one may have several devices.
+        deepspeed: the settings of its config that decide, by dotted name; None: it is not used.
         versions: of the packages that train.
     """
 
@@ -61,7 +75,8 @@ class Fingerprint:
     contents: dict[str, str]
     steps: dict[str, float]
     batch: dict[str, int]
-    deepspeed: bool
+    processes: int
+    deepspeed: dict[str, Any] | None
     versions: dict[str, str]
 
     @classmethod
@@ -80,7 +95,8 @@ class Fingerprint:
             contents=dict(_contents(recipe, args, checked.records)),
             steps={name: float(getattr(args, name)) for name in STEPS},
             batch={**{name: int(getattr(args, name)) for name in BATCH}, "devices": _devices(args)},
-            deepspeed=bool(args.deepspeed),
+            processes=processes.world_size(),
+            deepspeed=dict(_deciding(deepspeed_settings(args))) if args.deepspeed else None,
             versions={**dict(_versions()), "llava_region": __version__, upstream.name: upstream.version()},
         )
 
@@ -111,26 +127,58 @@ class Fingerprint:
         return per_device * accumulation * self.batch["devices"]
 
 
-def differences(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
-    """What two runs that should be the same differ in, `flag: was A, is B`."""
+def differences(before: Fingerprint, now: Fingerprint, total: int | None = None) -> Iterator[str]:
+    """What two runs that should be the same differ in, `flag: was A, is B`.
+
+    Args:
+        total: steps that the first was to have.
+    """
     if before.upstream != now.upstream:
         yield f"upstream: was {before.upstream}, is {now.upstream}"
     for name in sorted(before.flags.keys() & now.flags.keys()):
         if before.flags[name] != now.flags[name]:
             yield f"--{name}: was {before.flags[name]}, is {now.flags[name]}"
     for name in sorted(before.contents.keys() | now.contents.keys()):
-        was, given = before.contents.get(name), now.contents.get(name)
+        was, given = before.contents.get(name, "not given"), now.contents.get(name, "not given")
         if was != given:
-            yield f"{name}: {'was not given' if was is None else 'is not given' if given is None else 'has another content than then'}"
+            yield f"the content of {name}: was {shortened(was)}, is {shortened(given)}"
+    yield from _other_batch(before, now)
+    yield from _other_deepspeed(before.deepspeed, now.deepspeed)
+    yield from _fewer_steps(before.steps, now.steps, total)
+
+
+def _other_batch(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
+    was, given = before.batch["devices"], now.batch["devices"]
     if before.samples_per_step != now.samples_per_step:
         yield f"samples per step: was {_split(before)}, is {_split(now)}"
-    elif before.batch["devices"] != now.batch["devices"] and (before.deepspeed or now.deepspeed):
-        yield f"GPUs under DeepSpeed, which has an optimizer state for each: was {before.batch['devices']}, is {now.batch['devices']}"
-    if before.deepspeed != now.deepspeed:
-        yield f"DeepSpeed: was {'on' if before.deepspeed else 'off'}, is {'on' if now.deepspeed else 'off'}"
+    elif was != given and (before.deepspeed is not None or now.deepspeed is not None):
+        yield f"GPUs under DeepSpeed, which has an optimizer state for each: was {was}, is {given}"
+    elif (before.processes == 1) != (now.processes == 1):  # accelerate gives the sampler of several a random source of its own
+        yield (
+            f"processes: was {before.processes}, is {now.processes}, and one draws the order of the samples otherwise than several, "
+            "so that some would be seen twice and others never"
+        )
+
+
+def _other_deepspeed(before: dict[str, Any] | None, now: dict[str, Any] | None) -> Iterator[str]:
+    if before is None or now is None:
+        if before is not now:
+            yield f"--deepspeed: was {'not given' if before is None else 'given'}, is {'not given' if now is None else 'given'}"
+        return
+    for name in sorted(before.keys() | now.keys()):
+        was, given = before.get(name, "not set"), now.get(name, "not set")
+        if was != given:
+            yield f"{name} in --deepspeed: was {was}, is {given}"
+
+
+def _fewer_steps(before: dict[str, float], now: dict[str, float], total: int | None) -> Iterator[str]:
+    if now["max_steps"] > 0 >= before["max_steps"]:  # the length was given in epochs
+        if total is not None and now["max_steps"] < total:
+            yield f"--max_steps: was not given and came to {total}, is {now['max_steps']:g}, and may only rise"
+        return
     for name in STEPS:
-        if now.steps[name] < before.steps[name]:
-            yield f"--{name}: was {before.steps[name]:g}, is {now.steps[name]:g}, and may only rise"
+        if now[name] < before[name]:
+            yield f"--{name}: was {before[name]:g}, is {now[name]:g}, and may only rise"
 
 
 def remarks(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
@@ -139,7 +187,7 @@ def remarks(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
         if now.steps[name] > before.steps[name]:
             yield f"--{name} was {before.steps[name]:g}, is {now.steps[name]:g}: from here on the learning rate follows the longer schedule"
     if before.samples_per_step == now.samples_per_step and before.batch != now.batch:
-        yield f"a step's {now.samples_per_step} samples were {_split(before)}, are {_split(now)}: their order is not the same"
+        yield f"a step's {now.samples_per_step} samples were {_split(before)}, are {_split(now)}: with other random states"
     changed = [
         f"{name} {before.versions.get(name, 'none')} -> {now.versions.get(name, 'none')}"
         for name in sorted(before.versions.keys() | now.versions.keys())
@@ -161,7 +209,8 @@ def check_same_run(checkpoint: Path, now: Fingerprint) -> list[str]:
     before = Fingerprint.read(checkpoint)
     if before is None:
         return [f"{checkpoint} holds no {RUN_FILE}, so it is not known whether it was trained with the same flags and data"]
-    found = list(differences(before, now))
+    state = checkpoint / TRAINER_STATE_FILE
+    found = list(differences(before, now, int(read_json(state)["max_steps"]) if state.is_file() else None))
     if found:
         raise LlavaRegionError(
             f"{checkpoint} is of another run: {'; '.join(found)}; give the same as then, or another --output_dir to start afresh"
@@ -190,8 +239,17 @@ def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | N
         yield flag["tower"], _model(recipe.tower, flag["tower"], None)
     if records and recipe.images:
         yield flag["images"], _images(Path(recipe.images), records)
-    if args.deepspeed:
-        yield "--deepspeed", hashlib.sha256(json.dumps(deepspeed_settings(args), sort_keys=True).encode()).hexdigest()
+
+
+def _deciding(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted name, without those that do not decide what is trained."""
+    if not isinstance(settings, dict):
+        yield prefix, settings
+        return
+    for name, value in settings.items():
+        dotted = f"{prefix}.{name}" if prefix else str(name)
+        if not dotted.startswith(DEEPSPEED_FREE):
+            yield from _deciding(value, dotted)
 
 
 def _file(path: str) -> str:
@@ -199,7 +257,7 @@ def _file(path: str) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return digest.hexdigest()
+        return f"{file.tell():,} bytes, sha256 {digest.hexdigest()}"
 
 
 def _model(name: str, flag: str, cache_dir: str | None) -> str:
@@ -207,7 +265,7 @@ def _model(name: str, flag: str, cache_dir: str | None) -> str:
     if Path(name).is_file():  # EVA-CLIP's weights are one file
         return f"{Path(name).stat().st_size} bytes"
     if Path(name).is_dir():
-        return weights_digest(name)
+        return f"sha256 {weights_digest(name)}"
     return f"{name} {folder_of(name, flag, cache_dir).name}"
 
 
@@ -218,7 +276,7 @@ def _images(folder: Path, records: list[dict[str, Any]], count: int = 256) -> st
     for name in names[:: max(1, len(names) // count)]:
         path = folder / name
         digest.update(f"{name} {path.stat().st_size if path.is_file() else 'missing'}".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    return f"{len(names):,} images, sha256 {digest.hexdigest()}"
 
 
 def _devices(args: Namespace) -> int:
@@ -241,6 +299,11 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> Any:
     """A flag's value as JSON gives it back."""
     return json.loads(json.dumps(value, default=lambda other: other.value if isinstance(other, Enum) else str(other)))
+
+
+def shortened(content: str) -> str:
+    """The first twelve digits of a digest are enough to see that it is another one."""
+    return re.sub(r"(sha256 [0-9a-f]{12})[0-9a-f]+", r"\1", content)
 
 
 def _split(run: Fingerprint) -> str:

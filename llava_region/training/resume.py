@@ -1,6 +1,6 @@
 """Going on from a checkpoint as if the run had never stopped: what transformers and the upstreams leave out of that.
 
-Which checkpoint may be resumed is decided in `resumable`.
+Which checkpoint may be resumed is decided in `checkpoint_to_resume`.
 """
 
 from __future__ import annotations

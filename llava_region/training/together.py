@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llava_region import locks, processes
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import REGION_FILE
-from llava_region.training.fingerprint import FREE, Fingerprint, check_same_run, path_flags
-from llava_region.training.resumable import check_asked, check_resumable
+from llava_region.training.checkpoint_to_resume import check_asked, check_resumable
+from llava_region.training.fingerprint import FREE, Fingerprint, check_same_run, path_flags, shortened
 
 if TYPE_CHECKING:
     from llava_region.training.preflight import Preflight
@@ -129,10 +129,9 @@ def check_same_everywhere(checked: Preflight, fingerprint: Fingerprint) -> None:
         # the data is read by the first process of each node, the images' list by the first of all
         for name in sorted(first.keys() & given.keys()):
             if first[name] != given[name]:
-                short = [value if not name.startswith("the content") else value[:12] for value in (first[name], given[name])]
                 raise LlavaRegionError(
-                    f"{name} is not the same on every rank: {short[0]} on rank 0 ({first_host}), {short[1]} on rank {rank} ({host}); "
-                    "start all nodes with the same"
+                    f"{name} is not the same on every rank: {shortened(first[name])} on rank 0 ({first_host}), "
+                    f"{shortened(given[name])} on rank {rank} ({host}); start all nodes with the same"
                 )
 
 

@@ -12,11 +12,11 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import NON_LORA_FILE
 from llava_region.training import signals
+from llava_region.training.checkpoint_to_resume import check_asked, check_resumable, drop_incomplete
 from llava_region.training.cost import CostMeter, write_cost
 from llava_region.training.first_step import FirstStep
 from llava_region.training.learning_rates import name_and_drop_groups
 from llava_region.training.recompute import out_of_memory_hint
-from llava_region.training.resumable import check_asked, check_resumable, drop_incomplete
 from llava_region.training.resume import (
     AllStepsDone,
     BeginsAt,

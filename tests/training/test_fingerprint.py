@@ -21,7 +21,8 @@ RUN = Fingerprint(
     contents={"--data_path": "a", "--model_name_or_path": "m"},
     steps={"max_steps": -1.0, "num_train_epochs": 1.0},
     batch={"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "devices": 8},
-    deepspeed=True,
+    processes=8,
+    deepspeed={"zero_optimization.stage": 3},
     versions={"torch": "2.1.2"},
 )
 
@@ -31,19 +32,25 @@ RUN = Fingerprint(
     [
         ({"upstream": "bunny"}, "upstream: was llava, is bunny"),
         ({"flags": {"learning_rate": 1e-4, "version": "v1"}}, "--learning_rate: was 0.0002, is 0.0001"),
-        ({"contents": {"--data_path": "b", "--model_name_or_path": "m"}}, "--data_path: has another content than then"),
-        ({"contents": {"--data_path": "a"}}, "--model_name_or_path: is not given"),
-        ({"contents": {**RUN.contents, "--pretrain_mm_mlp_adapter": "p"}}, "--pretrain_mm_mlp_adapter: was not given"),
+        (
+            {"contents": {**RUN.contents, "--data_path": f"9 bytes, sha256 {'b' * 64}"}},
+            f"--data_path: was a, is 9 bytes, sha256 {'b' * 12}",
+        ),
+        ({"contents": {"--data_path": "a"}}, "the content of --model_name_or_path: was m, is not given"),
+        ({"contents": {**RUN.contents, "--pretrain_mm_mlp_adapter": "p"}}, "--pretrain_mm_mlp_adapter: was not given, is p"),
         ({"batch": {**RUN.batch, "devices": 4}}, "samples per step: was 128 (16 per device x 1 accumulated x 8 devices), is 64 (16 "),
         ({"batch": {**RUN.batch, "devices": 4, "gradient_accumulation_steps": 2}}, "an optimizer state for each: was 8, is 4"),
         ({"steps": {"max_steps": -1.0, "num_train_epochs": 0.5}}, "--num_train_epochs: was 1, is 0.5, and may only rise"),
-        ({"deepspeed": False}, "DeepSpeed: was on, is off"),
+        ({"steps": {"max_steps": 50.0, "num_train_epochs": 1.0}}, "--max_steps: was not given and came to 100, is 50, and may only rise"),
+        ({"deepspeed": None}, "--deepspeed: was given, is not given"),
+        ({"deepspeed": {}}, "zero_optimization.stage in --deepspeed: was 3, is not set"),
+        ({"deepspeed": None, "processes": 1}, "--deepspeed: was given"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.split(":")[0],
 )
 def test_what_differs_is_named(changed: dict, said: str) -> None:
     now = replace(RUN, **changed)
-    assert any(said in line for line in differences(RUN, now)), list(differences(RUN, now))
+    assert any(said in line for line in differences(RUN, now, total=100)), list(differences(RUN, now, total=100))
     assert not list(differences(now, now)) and not list(remarks(now, now))
 
 
@@ -57,8 +64,13 @@ def test_what_may_differ_is_said() -> None:
     assert not list(differences(RUN, now))
     said = list(remarks(RUN, now))
     assert "--num_train_epochs was 1, is 2" in said[0] and "(8 per device x 2 accumulated" in said[1] and "torch 2.1.2 -> 2.2.0" in said[2]
-    fewer = replace(RUN, deepspeed=False, batch={"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "devices": 4})
-    assert not list(differences(replace(RUN, deepspeed=False), fewer))  # without DeepSpeed every process has all of the optimizer
+    in_steps = replace(RUN, steps={"max_steps": 100.0, "num_train_epochs": 1.0})
+    assert not list(differences(RUN, in_steps, total=100))
+    ddp = replace(RUN, deepspeed=None)  # every process has all of the optimizer
+    fewer = replace(ddp, processes=4, batch={"per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "devices": 4})
+    assert not list(differences(ddp, fewer))
+    # nn.DataParallel: one process with as many devices, which draws the order of samples from another random source
+    assert "processes: was 8, is 1, and one draws the order" in next(iter(differences(ddp, replace(ddp, processes=1))))
 
 
 def test_a_checkpoint_of_0_1_0_and_a_damaged_one(tmp_path: Path) -> None:
@@ -119,7 +131,7 @@ def test_other_content_is_refused(tiny, stopped, tmp_path, capsys, monkeypatch) 
         weights.write_bytes(content)
     for flag, name in (("data_path", "data.json"), ("model_name_or_path", "vicuna-tiny"), ("vision_tower", "clip-tiny")):
         ran = run(capsys, *command(tiny, stopped / "run", **{flag: tmp_path / name}), main=main)
-        assert ran.code == 2 and f"--{flag}: has another content than then" in ran.err, ran
+        assert ran.code == 2 and f"the content of --{flag}: was " in ran.err and "sha256" in ran.err, ran
 
 
 def test_the_same_content_elsewhere_resumes(tiny, stopped, tmp_path, capsys) -> None:

@@ -73,19 +73,25 @@ def test_an_output_folder_that_a_node_does_not_share(tiny, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two(tiny, tmp_path) -> None:
-    """Without DeepSpeed every process has the whole optimizer; with the same samples per step it is the same run."""
+def test_a_run_of_two_processes_goes_on_with_two(tiny, tmp_path) -> None:
+    """Without DeepSpeed every process has the whole optimizer: the same samples per step may be split otherwise, but for one process."""
     out = tmp_path / "run"
-    assert train([*llava_flags(tiny, out, **RUN, per_device_train_batch_size=4), "--tune_layers", "1,6"]).returncode == 0
-    more = {**RUN, "max_steps": 6}
-    other = train([*llava_flags(tiny, out, **more, per_device_train_batch_size=4), "--tune_layers", "1,6"], launcher=torchrun(2, 29684))
+
+    def go(steps: int, ranks: int = 2, **changes: int) -> subprocess.CompletedProcess[str]:
+        flags = [*llava_flags(tiny, out, **{**RUN, "max_steps": steps, **changes}), "--tune_layers", "1,6"]
+        return train(flags, launcher=torchrun(2, 29684)) if ranks == 2 else train(flags)
+
+    assert go(4, per_device_train_batch_size=2).returncode == 0
+    other = go(6, per_device_train_batch_size=4)
     assert other.returncode != 0 and "samples per step: was 4 (" in other.stderr, other.stderr[-2000:]
-    done = train([*llava_flags(tiny, out, **more, per_device_train_batch_size=2), "--tune_layers", "1,6"], launcher=torchrun(2, 29685))
+    alone = go(6, ranks=1, per_device_train_batch_size=4)
+    assert alone.returncode == 2 and "processes: was 2, is 1, and one draws the order of the samples otherwise" in alone.stderr, (
+        alone.stderr
+    )
+    done = go(6, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming from" in done.stdout and "a step's 4 samples were 4 (4 per device" in done.stdout
+    assert "resuming from" in done.stdout and "a step's 4 samples were 4 (2 per device" in done.stdout
     assert json.loads((out / "cost.json").read_text())["steps"] == 6
-    back = train([*llava_flags(tiny, out, **{**RUN, "max_steps": 8}, per_device_train_batch_size=4), "--tune_layers", "1,6"])
-    assert back.returncode == 0 and json.loads((out / "cost.json").read_text())["steps"] == 8, back.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_region import LlavaRegionError, Region
-from llava_region.training.resumable import check_asked, check_resumable, checkpoints
+from llava_region.training.checkpoint_to_resume import check_asked, check_resumable, checkpoints
 from llava_region.training.resume import missing_random_states
 
 REGION = Region((1, 6), 8, "1,6")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from llava_region import LlavaRegionError, train
-from llava_region.errors import Program, guarded
+from llava_region.errors.ending import Program, guarded
 from tests.helpers.command_line import Ran, run
 from tests.helpers.training_runs import LORA, environment, llava_flags, torchrun
 from tests.helpers.training_runs import train as training
@@ -224,7 +224,7 @@ def test_a_reader_that_leaves_is_no_error(argv):
 
 def test_a_training_does_not_end_silently(capsys):
     code = (
-        "import sys, time; from llava_region.errors import Program, guarded\n"
+        "import sys, time; from llava_region.errors.ending import Program, guarded\n"
         "def work():\n"
         "    while True: print('loss' * 99, flush=True)\n"
         "sys.exit(guarded(work, Program('x', [], long=sys.argv[1] == '1'), whole_process=True))"

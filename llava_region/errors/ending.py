@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and how every command line of this package ends: with one line and an exit code, never a traceback.
+"""How every command line of this package ends: with one line and an exit code, never a traceback.
 
 Exit codes: 2 for what a user can fix, 70 for an unforeseen exception, 130 after Ctrl-C, 141 where nobody reads the output any more.
 """
@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from llava_region import processes
+from llava_region.errors import LlavaRegionError, say
 
 BAD_INPUT, UNFORESEEN, INTERRUPTED, NO_READER = 2, 70, 130, 141
 NUDGE = 0.2  # seconds
@@ -45,14 +46,6 @@ _MEMORY_FULL = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) m
 # libraries in C++ and Rust report a full disk in words of their own
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing file")
 _SECRET = re.compile(r"(?i)(token|password|secret|api[-_]?key)$")
-
-
-class LlavaRegionError(ValueError):
-    """Bad input. The message says what was given, what is allowed and how to fix it, in one line."""
-
-
-class UnsupportedUpstream(LlavaRegionError):
-    """The installed LLaVA or Bunny lacks a symbol that a hook needs, or has it with another signature."""
 
 
 @dataclass(frozen=True)
@@ -137,17 +130,6 @@ def _end(e: BaseException, program: Program) -> int:
     return BAD_INPUT if known else UNFORESEEN
 
 
-def say(message: str, label: str = "error: ") -> None:
-    """Print one line on stderr, whatever is in the message and wherever stderr leads."""
-    if sys.stderr is None:  # closed by the shell: `2>&-`
-        return
-    encoding = sys.stderr.encoding or "utf-8"
-    line = (label + " ".join(message.split())).encode(encoding, "backslashreplace").decode(encoding)
-    with suppress(OSError):
-        sys.stderr.write(line + "\n")  # in one piece, as other ranks write there too
-        sys.stderr.flush()
-
-
 def _known(e: Exception, program: Program) -> str | None:
     """What to say about an exception that a machine's limits explain."""
     text = str(e)
@@ -202,7 +184,7 @@ def _circumstances(program: Program) -> Iterator[str]:
     yield f"folder: {os.environ.get('PWD')}"  # the current one may be gone
     yield f"process: rank {_place()[0]} of {_place()[1]}, {platform.node()}"
     yield f"python {platform.python_version()} ({sys.executable}), {platform.platform()}"
-    yield f"package: {Path(__file__).parent}"
+    yield f"package: {Path(__file__).parents[1]}"
     yield "installed: " + " ".join(sorted({f"{one.metadata['Name']}=={one.version}" for one in distributions()}, key=str.lower))
 
 
