@@ -37,7 +37,7 @@ ENV PYTHONPATH=/opt/bunny
 ENV PIP_NO_CACHE_DIR=1
 WORKDIR /opt/llava_region
 COPY Makefile ./
-COPY tests/requirements-llava.txt tests/requirements-bunny.txt tests/
+COPY tests/requirements-common.txt tests/requirements-llava.txt tests/requirements-bunny.txt tests/
 RUN make "dependencies-$UPSTREAM" VENV=/opt/venv-llava BUNNY_VENV=/opt/venv-bunny TORCH="$TORCH" \
     && { test -z "$EXTRA_PACKAGES" || "/opt/venv-$UPSTREAM/bin/pip" install $EXTRA_PACKAGES; }
 

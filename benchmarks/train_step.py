@@ -30,22 +30,23 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_region import plotting
 from llava_region.data.labels import IGNORE_INDEX
 from llava_region.decoder import find_decoder_layers, linear_modules
 from llava_region.errors import LlavaRegionError
-from llava_region.progress import track
+from llava_region.progress import deepspeed_on_stderr, track
 from llava_region.region import Region
 from llava_region.training import recompute, supervised_loss
 from llava_region.training.kept_memory import free_memory, saved_peak
 from llava_region.training.recompute_plan import Plan, Workload
 from llava_region.training.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 MODES = ("upstream", "paper", "region", "none", "auto", "full")
 OURS = ("region", "none", "auto", "full")
@@ -77,6 +78,8 @@ SHAPES = {
 
 def backbone(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A frozen Llama of the shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=4096, use_cache=False,
@@ -96,6 +99,8 @@ def variant(base: LlamaForCausalLM, layers: Collection[int], lora: bool) -> Any:
 
     As under upstream, the embeddings' output requires grad, so that the projector in front of the layers could train.
     """
+    from peft import LoraConfig, get_peft_model
+
     modules = find_decoder_layers(base).modules
     own = set() if lora else {id(p) for i in layers for p in modules[i].parameters()}
     shared = {id(t): t for t in (*base.parameters(), *base.buffers()) if id(t) not in own}
@@ -317,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", type=Path, help="write a figure to this file (.png, .pdf or .svg)")
     args = parser.parse_args(argv)
+    deepspeed_on_stderr()
     try:
         if args.repeats < 1 or not 0 < args.supervised <= 1:
             raise LlavaRegionError("--repeats must be 1 or more, and --supervised above 0 and at most 1")

@@ -71,6 +71,9 @@ def run(argv: list[str]) -> int:
     """
     import typer
 
+    from llava_region.progress import deepspeed_on_stderr
+
+    deepspeed_on_stderr()
     # The base of click's errors. Newer typers contain a copy of click, older ones need an installed click, so it is looked up among
     # the bases of an error that every typer exports; that error's type is the nearest that a type checker can know.
     click_exception: type[typer.BadParameter] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -23,6 +24,19 @@ def console(stderr: bool = False, highlight: bool = True, soft_wrap: bool = Fals
     """Where tables and bars are drawn; without colours and bold letters under NO_COLOR, of which rich keeps the latter."""
     colours = None if os.environ.get("NO_COLOR") else "auto"
     return Console(stderr=stderr, highlight=highlight, soft_wrap=soft_wrap, color_system=colours)
+
+
+def deepspeed_on_stderr() -> None:
+    """Have what DeepSpeed logs, which begins while it is imported, on stderr: its own handler writes to stdout, which is for results."""
+    screen = logging.StreamHandler()
+
+    def there(record: logging.LogRecord) -> bool:
+        screen.handle(record)
+        return False
+
+    log = logging.getLogger("DeepSpeed")
+    if not log.filters:
+        log.addFilter(there)
 
 
 @contextmanager

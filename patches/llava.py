@@ -46,12 +46,22 @@ class LLaVA(LLaVAFamily):
         "llava_mpt": "LlavaMptForCausalLM",
     }  # fmt: skip
     supported = {
-        "python": ">=3.10,<3.13", "torch": ">=2.1", "transformers": ">=4.36,<4.38", "tokenizers": ">=0.14,<0.19", "peft": ">=0.10,<0.13",
-        "accelerate": ">=0.21,<1.0", "deepspeed": ">=0.16,<0.19.8", "numpy": "<2", "bitsandbytes": ">=0.41", "flash-attn": ">=2.3",
+        "python": ">=3.10,<3.13", "torch": ">=2.1", "transformers": ">=4.36,<4.42", "tokenizers": ">=0.14,<0.20", "peft": ">=0.10,<0.14",
+        "accelerate": ">=0.21,<2", "deepspeed": ">=0.12.6,<0.19.8", "numpy": "<2", "bitsandbytes": ">=0.41", "flash-attn": ">=2.3",
     }  # fmt: skip
     pinned = {
         "torch": "2.13.0", "transformers": "4.37.2", "tokenizers": "0.15.1", "peft": "0.10.0", "accelerate": "0.34.2",
         "deepspeed": "0.16.9", "numpy": "1.26.4",
+    }  # fmt: skip
+    also_tested = {
+        "pinned": {  # by LLaVA itself; of peft, which it leaves open, the newest that transformers 4.37 lets import
+            "torch": "2.1.2", "transformers": "4.37.2", "tokenizers": "0.15.1", "peft": "0.13.2", "accelerate": "0.21.0",
+            "deepspeed": "0.12.6", "numpy": "1.26.4",
+        },
+        "newest": {
+            "torch": "2.13.0", "transformers": "4.41.2", "tokenizers": "0.19.1", "peft": "0.13.2", "accelerate": "1.15.0",
+            "deepspeed": "0.19.7", "numpy": "1.26.4",
+        },
     }  # fmt: skip
     without = {"flash-attn": "train with LLaVA's train.py, as train_mem.py asks for flash attention"}
     probe = "import llava.train.train; from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM"
@@ -79,8 +89,9 @@ class LLaVA(LLaVAFamily):
         pinned = self.pinned["transformers"]
         if Version(version).release[:2] < Version(pinned).release[:2]:
             return f"{self.title} pins transformers {pinned}; {version} was not tested with it"
-        if super().transformers_finding(version):
-            return f"transformers {version} passes cache_position to forward, which {self.title} does not take: generation and eval fail"
+        if Version(version).release[:2] > Version(pinned).release[:2]:
+            why = f"transformers {version} passes cache_position to forward, which {self.title} does not take"
+            return f"{why}: its own scripts cannot generate, llava-region can"
         return None
 
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from llava_region.patches.upstream import Lora, Recipe, Upstream
 from llava_region.patches.vocabulary import load_tokenizer
 from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Values, check_values, words
 from llava_region.training.model_files import check_backbone, folder_of
+from llava_region.training.trainer_flags import computes_fp16_on_cpu, trains_on_cpu
 from llava_region.training.vision_files import TowerKind, check_projector
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class LLaVAFamily(Upstream):
     def check(self, args: Namespace, config: Mapping[str, Any]) -> None:
         check_values(args, {**VALUES, **self.values})
         _check_unusable(args)
+        _check_tower_on_cpu(args)
         if args.tune_mm_mlp_adapter:
             raise LlavaRegionError("--tune_mm_mlp_adapter True trains the projector alone; leave it out, or --tune_layers")
         if args.freeze_backbone and not args.lora_enable:
@@ -274,6 +276,16 @@ def template_problem(template: Any, version: str, turns: Sequence[Mapping[str, A
     if kind == "LLAMA_2" and not next(turn["value"] for turn in turns if turn["from"] == "human"):
         return f"begins with an empty question, which --version {version} does not take"
     return None
+
+
+def _check_tower_on_cpu(args: Namespace) -> None:
+    """Both upstreams put the vision tower into fp16 unless bf16 is asked for; torch 2.1, which they pin, cannot run that on a CPU."""
+    import torch
+
+    if not args.bf16 and trains_on_cpu(args) and not computes_fp16_on_cpu():
+        raise LlavaRegionError(
+            f"torch {torch.__version__} has no fp16 convolutions on a CPU, and upstream puts the vision tower into fp16; give --bf16 True"
+        )
 
 
 def _check_unusable(args: Namespace) -> None:

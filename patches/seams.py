@@ -35,11 +35,16 @@ def import_upstream(name: str, title: str, fix: str) -> ModuleType:
 
 
 def _what_helps(error: BaseException, name: str) -> str | None:
-    """The pip command for a package that the import of `name` misses, or else for those whose versions this package does not take."""
+    """The pip command for a package that the import of `name` misses, or else for those whose versions this package does not take.
+
+    None where neither is so, and where the upstream itself is missing: how to get it is another's word.
+    """
     cause: BaseException | None = error
     while cause is not None:
         missing = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
-        if missing and missing not in (name.partition(".")[0], "llava_region"):
+        if missing == name.partition(".")[0]:
+            return None
+        if missing and missing != "llava_region":
             # with torch named, pip takes the version that was made for it, and does not replace it
             torch = f" torch=={version('torch').partition('+')[0]}" if missing == "torchvision" else ""
             return f"the package '{missing}' is missing: pip install {missing}{torch}"

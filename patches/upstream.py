@@ -92,6 +92,7 @@ class Upstream(ABC):
         architectures: model type in `config.json` -> class that its `save_pretrained` names there.
         supported: component -> version range in which it is expected to work (`python` and `transformers` have to have one, with
             both bounds); pinned: -> version it was tested with.
+        also_tested: further sets that it was tested with, each by what `make test-...` calls it.
         without: component that it can do without -> what to do where that is not installed, for `llava-region doctor`.
         probe: code that imports what training and loading need, for `llava-region doctor`.
         train_module_name: the module with its `train()`, which looks up in its own globals, and so can be given others:
@@ -112,6 +113,7 @@ class Upstream(ABC):
     architectures: ClassVar[Mapping[str, str]]
     supported: ClassVar[Mapping[str, str]]
     pinned: ClassVar[Mapping[str, str]]
+    also_tested: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     without: ClassVar[Mapping[str, str]] = {}
     probe: ClassVar[str]
     train_module_name: ClassVar[str]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from llava_region import train
@@ -44,3 +48,14 @@ def test_misspelt_flags_of_training(capsys):
 def test_nothing_is_meant():
     assert did_you_mean(["--zzz"], ["--lora_enable"]) == "" and did_you_mean([], ["--lora_enable"]) == ""
     assert did_you_mean(["--lora-r", "--lora-R"], ["--lora_r"]) == "; did you mean --lora_r?"
+
+
+def test_stdout_is_for_results(lora_run, tiny, tmp_path):
+    """Whatever imports DeepSpeed, which logs to the stdout that it finds then: accelerate 0.21 does, at its own import."""
+    code = (
+        "import sys; from llava_region.cli import main; code = main(sys.argv[1:]); "
+        "from deepspeed.utils import logger; logger.warning('of DeepSpeed'); sys.exit(code)"
+    )
+    command = ["merge", str(lora_run), "--out", str(tmp_path / "out"), "--base", str(tiny.backbone), "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["merged"] and "of DeepSpeed" in done.stderr

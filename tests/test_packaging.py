@@ -18,6 +18,7 @@ import yaml
 from packaging.version import Version
 
 from llava_region import __version__, upstreams
+from tests.helpers.version_sets import requirements
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -96,7 +97,7 @@ def test_container_installs_the_tested_versions(upstream):
     commands = make_dry_run(f"install-{upstream}", *venvs)
     assert f"-r tests/requirements-{upstream}.txt" in commands
     assert f"/opt/venv-{upstream}/bin/pip install -q --no-deps --no-build-isolation -e ." in commands
-    pins = commands + (ROOT / f"tests/requirements-{upstream}.txt").read_text()
+    pins = commands + requirements(upstream)
     for component, version in upstreams.get(upstream).pinned.items():
         assert f"{component}=={version}" in pins
     assert f"checkout {upstreams.get('bunny').commit}" in outside_comments
@@ -106,6 +107,8 @@ def test_container_copies_what_exists():
     sources = [source for step in dockerfile_steps() if step[0] == "COPY" for source in step[1:-1]]
     assert sources and all((ROOT / source).exists() for source in sources)
     needed = set(re.findall(r"tests/requirements-\w+\.txt", make_dry_run("dependencies-llava", "dependencies-bunny")))
+    for name in tuple(needed):
+        needed |= {f"tests/{read}" for read in re.findall(r"^-r (.*)$", (ROOT / name).read_text(), re.MULTILINE)}
     assert needed <= set(sources), "the Makefile reads what the image does not have yet"
 
 
@@ -118,8 +121,8 @@ def test_workflow_calls_what_is_here():
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as true
     runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert runs == [".ci/run", "make wheel-smoke"]
-    torch = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
-    assert workflow["env"]["TORCH"] == f"{torch}+cpu"
+    for name, torch in re.findall(r"^(\w*TORCH) \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        assert workflow["env"][name] == f"{torch}+cpu"
     assert os.access(ROOT / ".ci" / "run", os.X_OK) and "make wheel-smoke" in (ROOT / ".ci" / "run").read_text()
 
 

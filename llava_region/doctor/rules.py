@@ -157,7 +157,7 @@ def _deepspeed(facts: Facts) -> Iterator[Finding]:
     elif facts.has("deepspeed", "<0.14.4") and facts.has("torch", ">=2.4"):
         text = f"deepspeed {version} does not import under torch {facts.versions['torch']} (torch.distributed.elastic changed in 2.4)"
         yield Finding("error", "deepspeed", text, fix)
-    elif facts.has("deepspeed", "<=0.15.4") and "numactl" not in facts.programs:
+    elif facts.has("deepspeed", "<=0.15.4") and "numactl" not in facts.programs and not facts.gpus:
         yield Finding("warning", "deepspeed", f"deepspeed {version} wants numactl on CPU", f"apt install numactl, or {fix}")
     else:
         yield from _outside(facts, "deepspeed", fix)

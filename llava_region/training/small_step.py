@@ -16,14 +16,18 @@ import time
 import traceback
 from argparse import Namespace
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from llava_region.data.records import text_length
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.training.arguments import OWN_FLAGS
 from llava_region.training.preflight import Preflight, parse
+from llava_region.training.trainer_flags import computes_fp16_on_cpu
 
 if TYPE_CHECKING:
     from llava_region.upstreams import Upstream
@@ -63,6 +67,7 @@ def rehearse(upstream: Upstream, preflight: Preflight) -> str | None:
             return None
         (folder / "data.json").write_text(json.dumps(records))
         changes = {**CHANGES, "per_device_train_batch_size": min(preflight.args.per_device_train_batch_size, BATCH), **changes}
+        changes["bf16"] = preflight.args.bf16 or not computes_fp16_on_cpu()  # fp16 may be for GPUs
         changes["max_steps"] = -(-len(records) // changes["per_device_train_batch_size"])
         result = _run(upstream, command_line(upstream, Namespace(**{**vars(preflight.args), **changes})), folder)
     if "unable" in result:
@@ -104,7 +109,7 @@ def _run(upstream: Upstream, flags: list[str], folder: Path) -> dict[str, Any]:
     path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     child = {
         **kept, "PYTHONPATH": os.pathsep.join(filter(None, [path, *kept.get("PYTHONPATH", "").split(os.pathsep)])),
-        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **deepspeed_on_cpu(),
     }  # fmt: skip
     command = [sys.executable, "-m", "llava_region.training.small_step", upstream.name, *flags]
     try:
@@ -114,6 +119,15 @@ def _run(upstream: Upstream, flags: list[str], folder: Path) -> dict[str, Any]:
     if not (folder / RESULT).is_file():
         return {"unable": f"its process ended with {done.returncode} ({''.join(done.stderr.strip().splitlines()[-1:])})"}
     return read_json(folder / RESULT)
+
+
+def deepspeed_on_cpu() -> dict[str, str]:
+    """The variable that has DeepSpeed use the CPU. Before 0.14 it would ask for a package of Intel's, and none is needed."""
+    try:
+        old = Version(version("deepspeed")) < Version("0.14")
+    except PackageNotFoundError:
+        old = True
+    return {} if old else {"DS_ACCELERATOR": "cpu"}
 
 
 def main(argv: list[str]) -> None:

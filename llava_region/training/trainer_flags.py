@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import warnings
@@ -123,6 +124,26 @@ def _arguments(args: Namespace) -> TrainingArguments:
         return Arguments(**values)
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as e:
         raise LlavaRegionError(f"transformers' trainer refuses these flags: {e}; change them") from e
+
+
+def trains_on_cpu(args: Namespace) -> bool:
+    """Whether this run trains on the CPU. A dry run that is not told to use it is for GPUs, which may be elsewhere."""
+    import torch
+
+    return bool(args.use_cpu or args.no_cuda or not (args.dry_run or torch.cuda.is_available()))
+
+
+@functools.cache
+def computes_fp16_on_cpu() -> bool:
+    """Whether torch can run a vision tower in fp16 on a CPU: 2.1 cannot."""
+    import torch
+
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    try:
+        torch.nn.functional.conv2d(one, one)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _check_optimizer(arguments: TrainingArguments) -> None:

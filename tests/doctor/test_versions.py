@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llava_region import doctor, upstreams
 from llava_region.commands import doctor as command
 from llava_region.doctor import versions
 from llava_region.patches.upstream import Upstream
+from tests.helpers.version_sets import requirements
 
 try:
     import tomllib
@@ -74,7 +76,7 @@ def test_ranges_and_their_span(third: Upstream) -> None:
     assert versions.minors(">=4.39.3,<4.42") == ["4.39", "4.40", "4.41"]
 
 
-def test_the_tested_sets_as_text(third: Upstream) -> None:
+def test_the_sets_tested_as_text(third: Upstream) -> None:
     assert versions.tested("llava") == (
         "LLaVA c121f04 (llava-torch 1.2.2.post1), torch 2.13.0, transformers 4.37.2, peft 0.10.0, accelerate 0.34.2, deepspeed 0.16.9"
     )
@@ -87,7 +89,8 @@ def test_the_tested_sets_as_text(third: Upstream) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pin_is_supported(name: str) -> None:
     upstream = upstreams.get(name)
-    assert {component for component, pin in upstream.pinned.items() if pin not in SpecifierSet(upstream.supported[component])} == set()
+    for set_ in (upstream.pinned, *upstream.also_tested.values()):
+        assert {component for component, pin in set_.items() if pin not in SpecifierSet(upstream.supported[component])} == set()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,14 +100,31 @@ def test_both_bounds_are_said_where_doctor_needs_them(name: str, component: str)
     assert Version("0") < low < high < Version("9999")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tests_install_what_is_pinned(name: str) -> None:
-    upstream = upstreams.get(name)
-    torch = re.findall(r"^TORCH \?= (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    installed = pins("\n".join([(ROOT / f"tests/requirements-{name}.txt").read_text(), recipe(name), *torch]))
-    assert {component: installed.get(component) for component in upstream.pinned} == upstream.pinned
+def sets_tested() -> list[tuple[str, Upstream, Mapping[str, str]]]:
+    """(what make calls the environment, upstream, versions) of all that the tests run with."""
+    sets = {upstream: {upstream.name: upstream.pinned, **upstream.also_tested} for upstream in upstreams.every()}
+    return [(name, upstream, set_) for upstream, its in sets.items() for name, set_ in its.items()]
+
+
+@pytest.mark.parametrize(("name", "upstream", "set_"), sets_tested(), ids=[name for name, *_ in sets_tested()])
+def test_the_tests_install_what_is_pinned(name: str, upstream: Upstream, set_: Mapping[str, str]) -> None:
+    (variable,) = re.findall(r"call make-venv,.*,\$\((\w+)\),", recipe(name))
+    torch = re.findall(rf"^{variable} \?= (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    installed = pins("\n".join([requirements(name), recipe(name), *torch]))
+    assert {component: installed.get(component) for component in set_} == set_
     for distribution in set(upstream.distributions) & set(installed):
         assert f"{distribution}=={installed[distribution]}" in upstream.get_command({})
+
+
+def test_the_page_prints_the_sets() -> None:
+    page = (ROOT / "llava_region/doctor/README.md").read_text()
+    rows = [row.strip("|").split("|") for row in re.findall(r"^\| (?:next to|LLaVA|Bunny)\b.*\|$", page, re.MULTILINE)]
+    (_, *head, _), *rows = [[cell.strip() for cell in row] for row in rows]
+    printed = {command.strip("`"): dict(zip(head, cells, strict=True)) for _, *cells, command in rows}
+    commands = {"llava": "make test", "bunny": "make test-bunny"}
+    for name, _, set_ in sets_tested():
+        assert printed.pop(commands.get(name, f"make test-{name}")) == {component: set_[component] for component in head}
+    assert printed == {}
 
 
 def test_the_package_requires_no_less_than_the_upstreams_need() -> None:
@@ -117,16 +137,10 @@ def test_the_package_requires_no_less_than_the_upstreams_need() -> None:
             assert lowest <= low and high <= highest, component
 
 
-@pytest.mark.parametrize("component", ["python", "torch", "transformers", "peft", "numpy", "bitsandbytes", "flash-attn"])
+@pytest.mark.parametrize("component", ["python", "torch", "transformers", "peft", "deepspeed", "numpy", "bitsandbytes", "flash-attn"])
 def test_the_package_requires_no_more_than_the_upstreams_take(component: str) -> None:
     """And one that none works with is kept out."""
     assert SpecifierSet(required()[component]) == SpecifierSet(versions.span(component))
-
-
-def test_the_deepspeed_extra_keeps_out_what_is_known_to_fail_and_no_more() -> None:
-    """0.14 and 0.15 are older than what the tests run, so that doctor warns; who has one need not replace it."""
-    (low, high), (oldest, end) = (bounds(spec) for spec in (required()["deepspeed"], versions.span("deepspeed")))
-    assert high == end and low == Version("0.14") < oldest
 
 
 def test_doctor_names_no_upstream_and_repeats_no_version() -> None:

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file
 
 from llava_region.decoder import layer_index
+from llava_region.training.small_step import deepspeed_on_cpu
+from llava_region.training.trainer_flags import computes_fp16_on_cpu
 
 # integer buckets, as upstream's "auto" becomes a fraction for hidden size 64; small ones, so that partitioning is real
 ZERO3 = {
@@ -63,17 +66,17 @@ def llava_flags(tiny, out, **changes) -> list[str]:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        **({} if computes_fp16_on_cpu() else {"bf16": True}),
         **changes,
     }
     return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+needs_fp16 = pytest.mark.skipif(not computes_fp16_on_cpu(), reason="this torch (2.1, which LLaVA pins) computes nothing in fp16 on a CPU")
+needs_zero_on_cpu = pytest.mark.skipif(
+    Version(version("accelerate")) < Version("0.22"), reason="accelerate 0.21, which LLaVA pins, starts ZeRO on GPUs only"
+)
 LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "mm_projector_lr": 2e-5}
-
-
-def deepspeed_on_cpu() -> dict[str, str]:
-    """What has DeepSpeed use the CPU; before 0.14 that asks for a package of Intel's, and DeepSpeed is left to find out by itself."""
-    return {} if Version(metadata.version("deepspeed")) < Version("0.14") else {"DS_ACCELERATOR": "cpu"}
 
 
 def environment(**extra) -> dict:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from llava_region.doctor.facts import Facts
@@ -28,3 +30,9 @@ def facts(
     """The tested set of an upstream with some versions changed; `flash_attn` means flash-attn."""
     versions = {**base, **{name.replace("_", "-"): version for name, version in versions.items()}}
     return Facts({k: v for k, v in versions.items() if k not in without}, broken=broken or {}, conflicts=conflicts, **machine)
+
+
+def requirements(name: str) -> str:
+    """The text of `tests/requirements-NAME.txt` with the files that it reads."""
+    text = (Path(__file__).parents[1] / f"requirements-{name}.txt").read_text()
+    return re.sub(r"^-r requirements-(\w+)\.txt$", lambda read: requirements(read[1]), text, flags=re.MULTILINE)

@@ -38,9 +38,12 @@ def test_a_version_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytes
     real = seams.version
     monkeypatch.setattr(seams, "version", lambda name: "0.21.2" if name == "peft" else real(name))
     line = refusal(tmp_path, "from transformers import EncoderDecoderCacheOfTomorrow", monkeypatch, "upstream_with_peft")
-    assert "EncoderDecoderCacheOfTomorrow" in line and "pip install 'peft" in line and "<0.13" in line
+    assert "EncoderDecoderCacheOfTomorrow" in line and "pip install 'peft" in line and "<0.14" in line
 
 
 def test_an_absent_upstream_keeps_its_own_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also next to a version that does not fit: what is missing comes first."""
+    real = seams.version
+    monkeypatch.setattr(seams, "version", lambda name: "0.21.2" if name == "peft" else real(name))
     with pytest.raises(UnsupportedUpstream, match="give the path"):
         seams.import_upstream("absent_upstream.train", "Bunny", "give the path")

@@ -15,9 +15,21 @@ from safetensors.torch import load_file
 pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 
-from tests.helpers.training_runs import LORA, ZERO3, adapter, environment, layers_of, llava_flags, projector, torchrun, train, write_zero3
+from tests.helpers.training_runs import (
+    LORA,
+    ZERO3,
+    adapter,
+    environment,
+    layers_of,
+    llava_flags,
+    needs_zero_on_cpu,
+    projector,
+    torchrun,
+    train,
+    write_zero3,
+)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_zero_on_cpu]
 
 # bf16: upstream casts the vision tower to half precision, which ZeRO-3 does not mix with fp32
 ZERO = {"use_cpu": None, "bf16": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}

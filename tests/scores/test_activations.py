@@ -12,6 +12,7 @@ from llava_region.scores.metrics import ACTIVATION_METRICS
 from llava_region.scores.pass_over_data import Plan, run_pass
 from llava_region.scores.sums import Sums
 from tests.helpers.scores_reference import mixed_records, reference_scores
+from tests.helpers.training_runs import needs_fp16
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,7 @@ def test_a_model_that_runs_sdpa_scores_the_same(llava_checkpoint, data, tiny, re
         assert scores[name] == pytest.approx(reference[name], abs=1e-5), name
 
 
+@needs_fp16
 def test_a_half_precision_model_whose_norms_overflow(llava_checkpoint, data, tiny, tmp_path):
     """Hidden states so large that the product of two norms passes 65504: the scores stay near the float32 model's."""
 

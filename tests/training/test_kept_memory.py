@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from llava_region.decoder import parent_of
@@ -27,7 +28,8 @@ def test_measured_bytes_are_what_a_longer_batch_keeps(family, attention, lora):
             peaks.append(_forward_bytes(model, inputs))
         assert kept.at(3, 16 * 12 + 1) == pytest.approx(peaks[1] - peaks[0], rel=1e-2)  # the rotary angles do not grow with the samples
     assert measure(model, (4,))[4].per_token > measure(model, (2,))[2].per_token
-    assert (measure(model, (2,))[2].per_token_squared > 0) == (attention != "sdpa")
+    whole = attention != "sdpa" or Version(torch.__version__) < Version("2.2")  # whose kernel on CPU keeps the weights of attention
+    assert (measure(model, (2,))[2].per_token_squared > 0) == whole
 
 
 def _forward_bytes(model, inputs) -> int:

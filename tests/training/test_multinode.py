@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.training_runs import adapter, environment, layers_of, projector
+from tests.helpers.training_runs import adapter, environment, layers_of, needs_zero_on_cpu, projector
 
+pytestmark = needs_zero_on_cpu
 pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 

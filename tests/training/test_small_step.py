@@ -22,13 +22,14 @@ def command(tiny, tmp_path, **flags) -> list[str]:
     return ["llava", *llava_flags(tiny, tmp_path / "run", **{"dry_run": True, **flags}), "--tune_layers", "1,6"]
 
 
-@pytest.mark.parametrize("mode", ["lora", "full", "lora-bf16-zero3", "continued"])
+@pytest.mark.parametrize("mode", ["lora", "full", "lora-bf16-zero3", "fp16", "continued"])
 def test_what_trains_is_rehearsed(tiny, llava_checkpoint, tmp_path, capsys, mode):
     flags = {
         "lora": LORA,
         "full": {"mm_use_im_patch_token": True, "lora_enable": False},
         # what is for GPUs and many processes is left out; the dry run itself is for those
         "lora-bf16-zero3": {**LORA, "bf16": True, "tf32": True, "use_cpu": None, "deepspeed": write_zero3(tmp_path), "max_steps": None},
+        "fp16": {**LORA, "bf16": None, "fp16": True, "use_cpu": None},
         "continued": {**LORA, "model_name_or_path": llava_checkpoint},
     }[mode]
     code, out, _ = run(capsys, *command(tiny, tmp_path, **flags), main=main)

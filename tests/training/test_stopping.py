@@ -16,7 +16,7 @@ from transformers import Trainer
 from llava_region import train as region_train
 from llava_region.training import signals
 from llava_region.training.trainer import RegionTrainerMixin
-from tests.helpers.training_runs import LORA, adapter, environment, llava_flags, projector, same, torchrun, write_zero3
+from tests.helpers.training_runs import LORA, adapter, environment, llava_flags, needs_zero_on_cpu, projector, same, torchrun, write_zero3
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 EXACT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}
@@ -129,6 +129,7 @@ def test_a_run_that_would_save_models_alone_leaves_a_checkpoint_to_resume(tiny, 
     assert run_here(tiny, out, **LORA, save_only_model=True) == 0
 
 
+@needs_zero_on_cpu
 @pytest.mark.slow
 def test_one_of_two_ranks_gets_the_signal_and_all_stop(tiny, tmp_path):
     """ZeRO-3, LoRA with dropout, rank 1 alone, in the first micro batch of two of step 2 of 4; the code reaches a launcher's file."""

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llava_region.training import supervised_loss
+from tests.helpers.training_runs import needs_fp16
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 FAMILIES = {
@@ -81,7 +82,7 @@ def test_loss_and_gradients_are_upstreams(model, labelled, head_trains, monkeypa
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=needs_fp16)])
 def test_half_precision(dtype, monkeypatch):
     monkeypatch.setattr(supervised_loss, "LOGITS_AT_ONCE", 7 * 50)
     model = FAMILIES["llama"]().to(dtype).train()
