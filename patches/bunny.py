@@ -178,7 +178,9 @@ class Bunny(LLaVAFamily):
         conversation = self.train_module().conversation_lib
         per_image = _tokens_per_image(args, config.get("mm_vision_tower") or args.vision_tower)
         multimodal = getattr(args, "is_multimodal", True)
-        return family_tokenisation(self.data_module(), conversation, tokenizer, self.template(args), per_image, is_multimodal=multimodal)
+        return family_tokenisation(
+            self.data_module(), conversation, tokenizer, self.template(args), per_image, config.get("vocab_size"), is_multimodal=multimodal
+        )
 
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """EVA's processor is Bunny's own, and takes every size."""

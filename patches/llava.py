@@ -185,6 +185,7 @@ class LLaVA(LLaVAFamily):
         from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
         tokenizer = self.load_tokenizer(args)
+        rows = None if _growths(args, tokenizer) else config.get("vocab_size")
         if args.version != "v0":
             tokenizer.pad_token = tokenizer.unk_token
         elif tokenizer.pad_token is None:
@@ -199,7 +200,7 @@ class LLaVA(LLaVAFamily):
         settings = {"is_multimodal": True, "mm_use_im_start_end": args.mm_use_im_start_end}
         module = self.train_module()
         return family_tokenisation(
-            self.data_module(), module.conversation_lib, tokenizer, self.template(args), per_image, **settings
+            self.data_module(), module.conversation_lib, tokenizer, self.template(args), per_image, rows, **settings
         )  # fmt: skip
 
     def check_script(self, script: str) -> None:

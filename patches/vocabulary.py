@@ -41,6 +41,11 @@ def load_tokenizer(model: str, flag: str, load: Callable[[], PreTrainedTokenizer
         ) from e
 
 
+def tokens_without_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+    """The tokens past the last row of the embeddings, in order, and their numbers. A text that holds one ends training at that step."""
+    return dict(sorted((item for item in tokenizer.get_vocab().items() if item[1] >= rows), key=lambda item: item[1]))
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: str, rows: int, growths: list[Growth], *, lora: bool) -> None:
     """Refuse a vocabulary that a run would not train, or not save: LoRA runs save no rows of the embeddings.
 
@@ -64,7 +69,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: str, rows: int, 
             f"could not be loaded; {growth.instead}"
         )
     added: Any = getattr(tokenizer, "get_added_vocab", dict)()
-    beyond = [] if growths else sorted((token for token, number in known.items() if number >= rows), key=known.__getitem__)
+    beyond = {} if growths else tokens_without_rows(tokenizer, rows)
     always_used = {tokenizer.bos_token, tokenizer.eos_token}
     needed = [token for token in beyond if token not in added or token in always_used]
     if needed:

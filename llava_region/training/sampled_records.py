@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,8 @@ def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: M
     if not args.check_records:
         return None
     with upstream.tokenisation(args, config) as tokenisation, _quiet():
+        if tokenisation.without_rows:
+            _refuse_without_rows(tokenisation.without_rows, records, recipe)
         sample = _sample(upstream, tokenisation, records, choose(records, args.check_records), recipe)
     reasons = _reasons(recipe)
     _refuse(sample, reasons, recipe)
@@ -93,6 +96,18 @@ def choose(records: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> l
     bounds = [total * part // count for part in range(count + 1)]
     longest = max(numbers, key=lengths.__getitem__)
     return sorted({longest, *(numbers[draw.randrange(start, end)] for start, end in pairwise(bounds))})
+
+
+def _refuse_without_rows(tokens: Mapping[str, int], records: Sequence[Mapping[str, Any]], recipe: Recipe) -> None:
+    """Search all records, as one is enough to end training at its step; on a GPU by an error that does not name it."""
+    found = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    for number, record in enumerate(records):
+        for turn in record["conversations"]:
+            if match := found.search(turn["value"]):
+                raise LlavaRegionError(
+                    f"{record_name(number, record)} of {recipe.data} holds '{match[0]}', token {tokens[match[0]]} of {recipe.model}, for "
+                    "which its embeddings have no row; remove it from the text, or give a model whose embeddings were resized"
+                )
 
 
 def _sample(upstream: Upstream, tokenisation: Tokenisation, records: Sequence[dict], chosen: Sequence[int], recipe: Recipe) -> Sample:

@@ -104,6 +104,7 @@ def crash(reference: Reference, name: str, kinds: list[str], rng: random.Random,
         struck.append(kind if hit else f"{kind} too late")
         if out.exists() and not operation.grows:  # under its final name is all of it, or nothing
             assert operation.same(operation.content(out), expected), (name, struck)
+            break  # it is done
     ended = blows.run(operation.command(out) + list(operation.again))
     there = out.exists() and not operation.grows  # finished before the blow, so that starting again is refused
     assert ended.code == 0 or (ended.code == 2 and there), (name, struck, ended.printed[-4000:])

@@ -415,3 +415,17 @@ def test_a_vocabulary_that_grows_is_saved_by_full_tuning(tiny, tmp_path):
     assert model.config.vocab_size == 513 and model.get_input_embeddings().weight.shape[0] == 513
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(model.lm_head.weight, saved["lm_head.weight"]) and saved["lm_head.weight"].shape[0] == 513
+
+
+def test_a_token_without_a_row_in_a_text(line_of, backbone, tiny, tmp_path):
+    """One record of many is enough to end training at its step, whether it is in the sample or not."""
+    add_tokens(backbone, "<extra>")
+    records = json.loads(tiny.data.read_text())
+    records[-1]["conversations"][-1]["value"] += " <extra>"
+    (path := tmp_path / "data.json").write_text(json.dumps(records))
+    flags = {"model_name_or_path": backbone, "data_path": path, "check_records": 1}
+    line = line_of(**flags)
+    assert line and f"record {len(records) - 1}" in line and "holds '<extra>', token 512" in line
+    assert line_of(**flags, lora_enable=False, mm_use_im_patch_token=True) is None  # resized
+    add_tokens(backbone, rows=513)
+    assert line_of(**flags) is None
