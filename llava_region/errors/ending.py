@@ -45,6 +45,8 @@ _GPU_FULL = re.compile(r"CUDA(?: error)?: out of memory|CUBLAS_STATUS_ALLOC_FAIL
 _MEMORY_FULL = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory")
 # libraries in C++ and Rust report a full disk in words of their own
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing file")
+# what gloo and NCCL say in the processes that wait for one that has ended
+_PEER_LOST = re.compile(r"(?i)connection (?:closed|reset) by peer|remote peer closed|ncclRemoteError")
 _SECRET = re.compile(r"(?i)(token|password|secret|api[-_]?key)$")
 
 
@@ -117,12 +119,14 @@ def _end(e: BaseException, program: Program) -> int:
             say(str(e))
         return BAD_INPUT
     known = _known(e, program)
-    text = f"{_rank()}{known or _short(e)}"
+    lost = not known and isinstance(e, RuntimeError) and _PEER_LOST.search(str(e))
+    why = f"another process of this run has ended, and its own output says why: {_short(e)}" if lost else known or _short(e)
+    text = f"{_rank()}{why}"
     if program.debug or (known and not program.long):
         say(text)
     else:
         file = _write_log(e, program)
-        label = "traceback" if known else "unforeseen; traceback, versions and command line"
+        label = "traceback" if known or lost else "unforeseen; traceback, versions and command line"
         say(f"{text} ({label}: {file or 'could not be written anywhere'}; --debug shows the traceback)")
         if file is None:
             with suppress(OSError):

@@ -109,6 +109,23 @@ def test_limits_of_a_machine_are_named(raised, message, tmp_path, capsys):
     assert code == 2 and message in err and err.count("\n") == 1 and str(logs(tmp_path)[0]) in err
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:41390. GLHF!",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [10.0.0.2]:58312: Connection reset by peer",
+        "NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network error, NCCL version 2.20.5\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    ],
+)
+def test_a_process_that_waited_for_one_that_ended(capsys, text):
+    """Its own words are no news: what went wrong is said by the other."""
+    code, _, err = ended(capsys, RuntimeError(text))
+    assert code == 70 and err.startswith("error: another process of this run has ended, and its own output says why: ")
+    assert "unforeseen" not in err and "(traceback: " in err
+    assert "another process" not in ended(capsys, ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")).err  # a hub's
+
+
 def test_real_limits(capsys):
     def allocate() -> int:
         return len(bytearray(1 << 60))
