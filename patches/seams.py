@@ -124,7 +124,7 @@ def hooked(upstream: Upstream, run: RegionRun) -> Iterator[None]:
 
     module = upstream.train_module()
     names = {
-        "TrainingArguments": extend_arguments(module.TrainingArguments),
+        "TrainingArguments": extend_arguments(module.TrainingArguments, upstream.recipe),
         upstream.linear_names: run.find_linear_names,
         upstream.trainer: region_trainer(getattr(module, upstream.trainer), run),
     }

@@ -7,9 +7,12 @@ Annotations here are types, not strings as elsewhere: `extend_arguments` puts th
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
+
+from llava_region.training.deepspeed_config import corrected
 
 
 @dataclass
@@ -79,14 +82,25 @@ def did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
 OWN_FLAGS = tuple(f"--{f.name}" for f in dataclasses.fields(RegionArguments))
 
 
-def extend_arguments(upstream_class: type) -> type:
-    """A subclass of the upstream's TrainingArguments with our flags.
+def extend_arguments(upstream_class: type, recipe_of: Optional[Callable[[Any], Any]] = None) -> type:
+    """A subclass of the upstream's TrainingArguments with our flags, which hands DeepSpeed a corrected config.
+
+    Args:
+        recipe_of: what the flags ask for, from the arguments (`Upstream.recipe`); None: the arguments are not going to be made.
 
     It bears the upstream class's name and module, and is bound there while the hooks are applied, so that
     `training_args.bin`, a pickle, can later be read where llava_region is not installed.
     """
+
+    def post_init(self: Any) -> None:
+        path = self.deepspeed
+        if isinstance(path, str) and recipe_of is not None and os.path.isfile(path):
+            self.deepspeed, _ = corrected(path, recipe_of(self))
+        upstream_class.__post_init__(self)
+        self.deepspeed = path  # as it was given
+
     fields = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(RegionArguments)]
-    extended = dataclasses.make_dataclass(upstream_class.__name__, fields, bases=(upstream_class,))
+    extended = dataclasses.make_dataclass(upstream_class.__name__, fields, bases=(upstream_class,), namespace={"__post_init__": post_init})
     extended.__module__ = upstream_class.__module__
     extended.__qualname__ = upstream_class.__qualname__
     return extended

@@ -20,12 +20,15 @@ from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.arguments import did_you_mean
+from llava_region.training.deepspeed_config import corrected, gathers_weights, hidden_size
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.run_data import check_run_data
 from llava_region.training.trainer_flags import check_trainer_flags
 
 if TYPE_CHECKING:
     from llava_region.upstreams import Recipe, Upstream
+
+CONFIGS = "'llava-region recipes DIR' writes configs to start from into DIR/deepspeed"
 
 
 class Preflight(NamedTuple):
@@ -64,12 +67,14 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     config = model_config(recipe)
     upstream.check(args, config)  # another kind of model has another number of layers
     region = Region.parse(args.tune_layers, num_layers_in(config, f"{recipe.model}/{CONFIG_FILE}"))
-    check_deepspeed(args, recipe, config)
-    check_trainer_flags(args, own_optimizer="optimizer" in deepspeed_settings(args))
+    settings, said = check_deepspeed(args, recipe, config)
+    check_trainer_flags(args, own_optimizer="optimizer" in settings)
     upstream.check_files(args, config)
     check_generation_config(args, recipe)
     check_output(args.output_dir)
     records, remarks = check_run_data(upstream, args, recipe, config) if processes.is_first() else (None, ())
+    if said and processes.is_first():
+        remarks = (*remarks, ("DeepSpeed", f"{args.deepspeed}, corrected for this run: {'; '.join(said)}"))
     return Preflight(args, recipe, region, config, records, remarks)
 
 
@@ -186,23 +191,26 @@ def zero_settings(args: Namespace) -> dict[str, Any]:
     return deepspeed_settings(args).get("zero_optimization", {})
 
 
-def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) -> None:
+def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Check the DeepSpeed config against the run.
+
+    Returns:
+        the config as training takes it, empty without one, and what differs from the file, one phrase each.
 
     Raises:
         LlavaRegionError: a setting with which the run fails late, saves nothing, or trains at other rates.
     """
     if not args.deepspeed:
-        return
+        return {}, []
     path = Path(args.deepspeed)
     if not path.is_file():
-        raise LlavaRegionError(f"--deepspeed {path} is not there; scripts/deepspeed/ has configs to start from")
+        raise LlavaRegionError(f"--deepspeed {path} is not there; {CONFIGS}")
     if importlib.util.find_spec("deepspeed") is None:
         raise LlavaRegionError("--deepspeed needs deepspeed; install it with 'pip install deepspeed'")
-    settings = read_json(path)
+    settings, said = corrected(path, recipe, hidden_size(config))
     zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(zero, dict):
-        raise LlavaRegionError(f"{path} is not a DeepSpeed config (a JSON object, as its 'zero_optimization' is); see scripts/deepspeed/")
+        raise LlavaRegionError(f"{path} is not a DeepSpeed config (a JSON object, as its 'zero_optimization' is); {CONFIGS}")
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise LlavaRegionError(f"the 'stage' in {path} is {zero['stage']!r:.40}; allowed: 0, 1, 2 or 3")
     ignoring = next((part for part in ("optimizer", "scheduler") if part in settings), None)
@@ -210,24 +218,17 @@ def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) 
         flag = recipe.flags["projector_rate"]
         raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore {flag}; remove that entry, the flags set the rates")
     if zero.get("stage") == 3:
-        _check_zero3(args, recipe, zero, path, config)
+        _check_zero3(args, recipe, zero, path)
+    return settings, said
 
 
-def _check_zero3(args: Namespace, recipe: Recipe, zero: Mapping[str, Any], path: Path, config: Mapping[str, Any]) -> None:
+def _check_zero3(args: Namespace, recipe: Recipe, zero: Mapping[str, Any], path: Path) -> None:
     if recipe.bits != 16:
-        raise LlavaRegionError(
-            f"{recipe.flags['bits']} {recipe.bits} does not work with ZeRO-3; use a ZeRO-2 config such as scripts/deepspeed/zero2.json"
-        )
+        raise LlavaRegionError(f"{recipe.flags['bits']} {recipe.bits} does not work with ZeRO-3; use a ZeRO-2 config; {CONFIGS}")
     if not (args.bf16 or args.fp16):
         raise LlavaRegionError("ZeRO-3 needs --bf16 True or --fp16 True: upstream casts the vision tower to half precision in any case")
-    if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if not gathers_weights(zero):
         raise LlavaRegionError(f'{path} would save checkpoints without weights; set "stage3_gather_16bit_weights_on_model_save": true')
-    hidden = config.get("hidden_size") or config.get("d_model") or 0
-    if zero.get("stage3_prefetch_bucket_size") == "auto" and (9 * hidden * hidden) % 10:
-        raise LlavaRegionError(
-            f'"stage3_prefetch_bucket_size": "auto" in {path} becomes a fraction for hidden size {hidden}, which DeepSpeed '
-            "refuses; give an integer"
-        )
 
 
 def check_generation_config(args: Namespace, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from llava_region.run_files import NON_LORA_FILE
 from llava_region.training import signals
 from llava_region.training.checkpoint_to_resume import check_asked, check_resumable, drop_incomplete
 from llava_region.training.cost import CostMeter, write_cost
+from llava_region.training.deepspeed_config import correct, corrected, hidden_size
 from llava_region.training.first_step import FirstStep
 from llava_region.training.learning_rates import name_and_drop_groups
 from llava_region.training.recompute import out_of_memory_hint
@@ -66,6 +67,7 @@ class RegionTrainerMixin(Trainer):
         if self.run.start is None:
             checkpoint = check_resumable(args.output_dir, region, self.run.mode != "full", bool(args.deepspeed))
             check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
+        self._correct_deepspeed(model, args)
         super().__init__(model=model, args=args, **kwargs)
         self.run.trainer = self
         self.first_step = FirstStep(self, region)
@@ -84,6 +86,17 @@ class RegionTrainerMixin(Trainer):
             self.run.write_record(self.args.output_dir)
         # upstream looks for checkpoints right after this, on every rank
         self.accelerator.wait_for_everyone()
+
+    def _correct_deepspeed(self, model: Any, args: Any) -> None:
+        """Correct what of a DeepSpeed config depends on the model; the rest was, when the arguments were made."""
+        if not args.deepspeed:
+            return
+        recipe, hidden = self.run.upstream.recipe(args), hidden_size(model.config)
+        correct(args.hf_deepspeed_config.config, recipe, hidden)
+        if self.run.start is None and args.process_index == 0:  # else the preflight has said it
+            _, said = corrected(args.deepspeed, recipe, hidden)
+            if said:
+                print(f"DeepSpeed: {args.deepspeed}, corrected for this run: {'; '.join(said)}", flush=True)
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = super().create_optimizer()

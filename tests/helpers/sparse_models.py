@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def write_sparse_llama(folder: Path, tokenizer: Path, **shape: int) -> Path:
@@ -18,6 +19,12 @@ def write_sparse_llama(folder: Path, tokenizer: Path, **shape: int) -> Path:
     config.save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(tokenizer / name, folder)
+    write_hole(folder, model)
+    return folder
+
+
+def write_hole(folder: Path, model: Any) -> None:
+    """The weights of a model on the meta device, as zeros that no disk holds."""
     header, end = {}, 0
     for name, parameter in model.named_parameters():
         start, end = end, end + 2 * parameter.numel()
@@ -26,4 +33,3 @@ def write_sparse_llama(folder: Path, tokenizer: Path, **shape: int) -> Path:
     with (folder / "model.safetensors").open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         os.truncate(f.fileno(), 8 + len(text) + end)
-    return folder
