@@ -9,6 +9,7 @@ WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = (WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_GLOBS = ("model*.safetensors", "pytorch_model*.bin")  # with the shards
 MERGED_FROM_FILE = "merged_from.json"  # of a merged model: the run and base that it was made of
+CARD_FILE = "README.md"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 # -- a training run, and its `checkpoint-N`

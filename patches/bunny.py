@@ -182,6 +182,16 @@ class Bunny(LLaVAFamily):
             self.data_module(), conversation, tokenizer, self.template(args), per_image, config.get("vocab_size"), is_multimodal=multimodal
         )
 
+    def loading_code(self, model: str, base: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Bunny is told the kind of model, and decides by the words in the third argument whether it is a LoRA run."""
+        kind = next((name for name, (_, kinds, _) in MODEL_TYPES.items() if config.get("model_type") in kinds), "phi-2")
+        name = "bunny-lora" if base else "bunny"
+        return (
+            "from bunny.model.builder import load_pretrained_model",
+            "",
+            f"tokenizer, model, image_processor, _ = load_pretrained_model({model!r}, {base!r}, {name!r}, {kind!r})",
+        )
+
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """EVA's processor is Bunny's own, and takes every size."""
         return None if _kind_of(args.vision_tower) == "eva" else super().picture_problem(args, width, height)

@@ -203,6 +203,15 @@ class LLaVA(LLaVAFamily):
             self.data_module(), module.conversation_lib, tokenizer, self.template(args), per_image, rows, **settings
         )  # fmt: skip
 
+    def loading_code(self, model: str, base: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """LLaVA decides by the words in the third argument."""
+        name = "-".join(("llava", *(["mpt"] if "mpt" in config.get("model_type", "") else []), *(["lora"] if base else [])))
+        return (
+            "from llava.model.builder import load_pretrained_model",
+            "",
+            f"tokenizer, model, image_processor, _ = load_pretrained_model({model!r}, {base!r}, {name!r})",
+        )
+
     def check_script(self, script: str) -> None:
         if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
             raise LlavaRegionError(

@@ -342,6 +342,15 @@ class Upstream(ABC):
 
     # -- model side
 
+    def loading_code(self, model: str, base: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Lines of Python that load a finished model with the upstream alone, for its model card; none: it has no such function.
+
+        Args:
+            model: folder of a whole model, or of a LoRA run; base: for a LoRA run, what it was trained on.
+            config: its `config.json`.
+        """
+        return ()
+
     def model_side(self) -> ModelSide:
         """How its finished models are loaded and talked to. Imports the upstream.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava_region import upstreams
+from llava_region.checkpoints.model_card import write_card
 from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, WIDTH_KEYS, ModelLike, ModelSource, num_layers_in
 from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
 from llava_region.decoder import declared, layer_index
@@ -122,6 +123,7 @@ def write_model(model: ModelFolder, folder: Path, description: str) -> int:
         write_json(folder / MERGED_FROM_FILE, model.merged_from)
     if model.region is not None:
         write_json(folder / REGION_FILE, model.region)
+    write_card(folder, base=model.path if model.merged_from is not None else None)
     return size
 
 

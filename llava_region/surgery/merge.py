@@ -29,7 +29,7 @@ from llava_region.checkpoints.whole_model import (
 from llava_region.decoder import declared, is_projector, is_vision, layer_index, part_of
 from llava_region.errors import LlavaRegionError
 from llava_region.files import output_folder
-from llava_region.run_files import ADAPTER_CONFIG_FILE, COST_FILE, NON_LORA_FILE, TOKENIZER_FILES
+from llava_region.run_files import ADAPTER_CONFIG_FILE, COST_FILE, NON_LORA_FILE, RUN_FILE, TOKENIZER_FILES
 
 
 def merge(run: ModelLike, out: str | Path, base: ModelLike | None = None, *, force: bool = False) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _remarks(config: Mapping[str, Any], region: dict | None) -> list[str]:
 
 
 def _side_files(run: ModelSource, base: ModelFolder) -> dict[str, Path]:
-    """The base's tokenizer and code, as upstream takes them; the run's tokenizer where training resized the vocabulary; its cost."""
+    """The base's tokenizer and code, as upstream takes them; the run's tokenizer where training resized the vocabulary; its records."""
 
     def has_tokenizer(files: Mapping[str, Path]) -> bool:
         return any(name in files for name in TOKENIZER_FILES)
@@ -215,5 +215,8 @@ def _side_files(run: ModelSource, base: ModelFolder) -> dict[str, Path]:
         files = {**{name: file for name, file in base.side_files.items() if file.suffix == ".py"}, **own}
     else:
         files = base.side_files
-    cost = run.settings / COST_FILE  # of this training, not of the base's
-    return {**{name: file for name, file in files.items() if name != COST_FILE}, **({COST_FILE: cost} if cost.is_file() else {})}
+    records = {name: run.settings / name for name in (COST_FILE, RUN_FILE)}  # of this training, not of the base's
+    return {
+        **{name: file for name, file in files.items() if name not in records},
+        **{name: file for name, file in records.items() if file.is_file()},
+    }

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from llava_region.checkpoints.adapter import adapter_file
+from llava_region.checkpoints.model_card import write_card
 from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def finish(run: RegionRun) -> None:
-    """After upstream's train(): re-read what was saved, and write `region.json` and, last, `cost.json`. Collective.
+    """After upstream's train(): re-read what was saved, and write `region.json`, the model card and, last, `cost.json`. Collective.
 
     Raises:
         LlavaRegionError: the saved adapter or model is not the region's, or the adapter was not changed by training.
@@ -38,6 +39,7 @@ def finish(run: RegionRun) -> None:
     run.write_record(folder)
     totals["layers"], totals["num_layers"] = list(region.layers), region.num_layers
     totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    write_card(folder, cost=totals)
     write_cost(folder, totals)
     print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__
+from llava_region.checkpoints.model_card import write_card
 from llava_region.decoder import Part, find_decoder_layers, layer_index, linear_modules, part_of
 from llava_region.errors import LlavaRegionError
 from llava_region.files import write_json
@@ -118,10 +119,12 @@ class RegionRun:
             "llava_region_version": __version__,
         }
 
-    def write_record(self, folder: str | Path) -> None:
-        """Write `run.json`, where it is known, and then `region.json` into a folder."""
+    def write_record(self, folder: str | Path, card: bool = False) -> None:
+        """Write `run.json`, where it is known, the model card if asked for, and then `region.json` into a folder."""
         if self.start is not None:
             write_json(Path(folder) / RUN_FILE, self.start.fingerprint.to_dict())
+        if card:
+            write_card(folder, region=self.record())
         write_json(Path(folder) / REGION_FILE, self.record())
 
     def saving_without_cuda(self, save: Callable[..., None]) -> Callable[..., None]:

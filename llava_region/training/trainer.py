@@ -144,7 +144,7 @@ class RegionTrainerMixin(Trainer):
             self.model.config.save_pretrained(folder)
             self.epoch_order.save(folder)
             write_cost(folder, {**totals, "stopped_by": self.stop.reason} if self.stop.reason else totals)
-            self.run.write_record(folder)  # last: its presence says that the checkpoint is whole
+            self.run.write_record(folder, card=True)  # last: its presence says that the checkpoint is whole
             if self._rotation:
                 super()._rotate_checkpoints(**self._rotation)
         self.accelerator.wait_for_everyone()

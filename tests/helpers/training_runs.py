@@ -92,9 +92,10 @@ def train(flags: list[str], upstream: str = "llava", launcher: tuple[str, ...] =
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, **kwargs)
 
 
-def torchrun(ranks: int, port: int) -> tuple[str, ...]:
-    """Launcher prefix of torchrun on this machine."""
-    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port), "-m")
+def torchrun(ranks: int, port: int | None = None) -> tuple[str, ...]:
+    """Launcher prefix of torchrun on this machine; without a port it takes a free one, so that two can run at once."""
+    where = ("--standalone",) if port is None else ("--master_port", str(port))
+    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *where, "-m")
 
 
 def write_zero3(folder: Path) -> Path:

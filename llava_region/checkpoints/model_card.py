@@ -1,0 +1,219 @@
+"""The model card of a run or a model, `README.md`: what its folder says about it, fit to be uploaded to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_region import upstreams
+from llava_region.checkpoints.model_source import locate
+from llava_region.errors import LlavaRegionError
+from llava_region.files import read_json, write_text
+from llava_region.region import Region, layer_ranges, region_record
+from llava_region.run_files import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, COST_FILE, NON_LORA_FILE, RUN_FILE
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+MARK = "<!-- written by llava_region: remove this line to keep what you change -->"
+PEFTS = "[More Information Needed]"  # in every card that PEFT writes
+PAPER = (
+    "Wang et al., [Activating Distributed Visual Region within LLMs for Efficient and Effective Vision-Language Training and Inference]"
+    "(https://aclanthology.org/2025.acl-long.1484/), ACL 2025"
+)
+MODES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full tuning"}
+
+
+def write_card(
+    folder: str | Path, *, base: str | Path | None = None, region: dict[str, Any] | None = None, cost: Mapping[str, Any] | None = None
+) -> None:
+    """Write the card of the model or run in a folder. PEFT's card there is replaced; one that somebody else wrote is left alone.
+
+    No path of this machine gets into it.
+
+    Args:
+        base: what it was trained on, a folder or a hub name; None: what `region.json` names.
+        region, cost: the content of a `region.json` and a `cost.json` that are not there yet.
+
+    Raises:
+        LlavaRegionError: one of the folder's files is damaged, or it is not writable.
+    """
+    folder = Path(folder)
+    path = folder / CARD_FILE
+    if path.is_file() and not any(mark in path.read_text(errors="replace") for mark in (MARK, PEFTS)):
+        return
+    write_text(path, _Card(folder, base, region, cost).text())
+
+
+def hub_name(model: str | Path) -> str | None:
+    """The hub name of a model, from itself or from where the hub's cache keeps it; None for a folder of another kind."""
+    path = Path(model)
+    if path.is_dir():
+        found = next((part for part in path.absolute().parts if part.startswith("models--")), None)
+        return found.removeprefix("models--").replace("--", "/") if found else None
+    return str(model) if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)) else None
+
+
+class _Card:
+    """What a card says.
+
+    Attributes:
+        base: as it was given; called: as readers know it; base_name: its hub name, if there is one.
+    """
+
+    def __init__(self, folder: Path, base: str | Path | None, region: dict[str, Any] | None, cost: Mapping[str, Any] | None) -> None:
+        self.folder = folder
+        self.config = self._file(CONFIG_FILE) or {}
+        self.upstream = upstreams.of_config(self.config)
+        self.adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+        self.region: dict[str, Any] = region or region_record(folder, self.config) or {}
+        self.base = base or self.region.get("base_model") or None
+        self.base_name = hub_name(self.base) if self.base else None
+        self.run = self._file(RUN_FILE) or {}
+        self.cost = cost or self._file(COST_FILE) or {}
+        self.licence = _licence(self.base)
+        self.called = self.base_name or (Path(self.base).name if self.base else "the base model")
+
+    def _file(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return read_json(path) if path.is_file() else None
+
+    def data(self) -> ModelCardData:
+        from huggingface_hub import ModelCardData
+
+        upstream = self.upstream
+        relation = ("adapter" if self.adapter else "finetune") if self.base_name else None
+        return ModelCardData(
+            base_model=self.base_name, base_model_relation=relation, library_name="peft" if self.adapter else None,
+            pipeline_tag="image-text-to-text" if upstream else "text-generation",
+            tags=["llava_region", "visual-region", *([upstream.name] if upstream else []), *(["lora"] if self.adapter else [])],
+            **self.licence,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        sections = (self._opening(), self._layers(), self._training(), self._flags(), self._use(), self._licence())
+        body = "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))
+        return f"---\n{self.data().to_yaml()}\n---\n{MARK}\n\n{body}\n"
+
+    def _opening(self) -> Iterator[str]:
+        upstream = self.upstream
+        kind = f"{upstream.title} " if upstream else ""
+        what = f"A LoRA adapter, and what was trained next to it, for a {kind}model" if self.adapter else f"A {kind}model"
+        yield f"# {self._title()}"
+        yield ""
+        yield f"{what} on {self.called}." if self.base else f"{what}."
+        if self.region:
+            yield "Of the language model's decoder layers, those of its *visual region* were tuned, and no others."
+            yield f"The method is that of {PAPER}."
+
+    def _title(self) -> str:
+        name = Path(self.called).name
+        return f"{name}, visual region of {len(self.region['layers'])} layers" if self.region else name
+
+    def _layers(self) -> Iterator[str]:
+        if not self.region:
+            return
+        layers, count, spec = self.region["layers"], self.region["num_layers"], self.region.get("spec", "")
+        yield "## Visual region"
+        yield ""
+        if layers:  # pruning may have taken all of them
+            yield f"{len(layers)} of {count} decoder layers, `{layer_ranges(layers)}`{f' (`{spec}`)' if spec else ''}; `#` is tuned:"
+            yield ""
+            yield f"    {Region(tuple(layers), count, spec).map_line()}"
+        else:
+            yield f"None of the {count} decoder layers that are left was tuned."
+        if pruned := self.region.get("pruned"):
+            yield ""
+            gone = layer_ranges(pruned["dropped"])
+            yield f"Of what were {pruned['original_num_layers']} decoder layers, {gone} have been removed, and the others renumbered."
+        if reverted := self.region.get("reverted"):
+            yield ""
+            yield f"Decoder layers {layer_ranges(reverted['layers'])} have been put back to the weights before visual tuning."
+
+    def _training(self) -> Iterator[str]:
+        rows = dict(self._facts())
+        if rows:
+            yield "## Training"
+            yield ""
+            yield "| | |"
+            yield "|---|---|"
+            yield from (f"| {name} | {value} |" for name, value in rows.items())
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        if mode := MODES.get(str(self.region.get("mode"))):
+            yield "tuned by", mode
+        batch, cost = self.run.get("batch", {}), self.cost
+        if batch:
+            each, times, devices = (batch[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "devices"))
+            yield "samples per step", f"{each * times * devices} ({each} x {times} accumulated x {devices} devices)"
+        if cost.keys() >= {"steps", "gpu_hours", "gpus", "device", "samples"}:
+            yield "steps", f"{cost['steps']:,}"
+            yield "cost", f"{cost['gpu_hours']:.2f} GPU hours on {cost['gpus']} x {cost['device']}, {cost['samples']:,.0f} samples"
+        versions = {"llava_region": self.region.get("llava_region_version"), **self.run.get("versions", {})}
+        if shown := ", ".join(f"{name} {number}" for name, number in versions.items() if number):
+            yield "versions", shown
+
+    def _flags(self) -> Iterator[str]:
+        flags = {**self.run.get("flags", {}), **self.run.get("steps", {}), "tune_layers": self.region.get("spec")}
+        if self.run:
+            yield "<details><summary>Flags that decided the training</summary>"
+            yield ""
+            yield "```"
+            yield from (f"--{name} {_shown(value)}" for name, value in sorted(flags.items()) if value is not None)
+            yield "```"
+            yield "</details>"
+
+    def _use(self) -> Iterator[str]:
+        upstream, base = self.upstream, self.base_name or f"PATH/TO/{self.called}"
+        yield "## How to load it"
+        yield ""
+        yield "With llava_region, where `FOLDER` is where these files are:"
+        arguments = f"'FOLDER', {base!r}" if self.adapter else "'FOLDER'"
+        yield from _code("from llava_region import load", "", f"loaded = load({arguments})")
+        if upstream and (lines := upstream.loading_code("FOLDER", base if self.adapter else None, self.config)):
+            yield ""
+            yield f"With {upstream.title} itself:"
+            yield from _code(*lines)
+        if self.adapter:
+            yield ""
+            yield f"With PEFT, the language model alone (the trained projector is in `{NON_LORA_FILE}`):"
+            yield from _code(
+                "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
+                f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), 'FOLDER')",
+            )  # fmt: skip
+
+    def _licence(self) -> Iterator[str]:
+        yield "## Licence"
+        yield ""
+        if name := self.licence.get("license_name") or self.licence.get("license"):
+            yield f"That of {self.called} ({name}), and those of the vision tower and of the training data."
+        else:
+            yield f"Those of {self.called}, of the vision tower and of the training data. State them before you publish this."
+
+
+def _shown(value: Any) -> str:
+    """A flag's value; of a path its last part."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return shlex.quote(Path(text).name if Path(text).is_absolute() else text)
+
+
+def _code(*lines: str) -> Iterator[str]:
+    yield from ("", "```python", *lines, "```")
+
+
+def _licence(base: str | Path | None) -> dict[str, Any]:
+    """What the base's own card says of its licence, as far as the card is on this machine."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        card = locate(base) / CARD_FILE if base else None
+        data = ModelCard.load(card).data if card and card.is_file() else None
+    except (LlavaRegionError, ValueError, YAMLError):  # it is not here, or its card holds no metadata
+        return {}
+    found = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in found.items() if value}
