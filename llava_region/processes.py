@@ -131,8 +131,8 @@ class _Meeting:
         values = [value, *(self._get(f"{self.round}/{number}") for number in range(1, self.size))]
         self._set(answer, values)
         for number in range(1, self.size):
-            self.store.delete_key(f"{self.round}/{number}")
-        self.store.delete_key(f"{self.round - 1}/all")  # which all have read, as they are in this round
+            self._forget(f"{self.round}/{number}")
+        self._forget(f"{self.round - 1}/all")  # which all have read, as they are in this round
         return values
 
     def fail(self, problem: str) -> None:
@@ -151,14 +151,23 @@ class _Meeting:
     def _set(self, name: str, value: Any) -> None:
         try:
             self.store.set(name, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes, as `get` gives them
+            self.store.add(f"{name}/told", 1)
         except RuntimeError as e:
             raise LlavaRegionError(f"process 0 has ended, as process {self.number} found; its own output says why") from e
+
+    def _told(self, name: str) -> bool:
+        """Whether a value has this name, by a counter: the stores of torch 2.1, which LLaVA pins, have no `check`."""
+        return self.store.add(f"{name}/told", 0) > 0
+
+    def _forget(self, name: str) -> None:
+        for key in (name, f"{name}/told"):
+            self.store.delete_key(key)
 
     def _get(self, name: str) -> Any:
         pause = SHORTEST
         try:
-            while not self.store.check([name]):
-                if self.store.check(["failed"]):
+            while not self._told(name):
+                if self._told("failed"):
                     raise LlavaRegionError(pickle.loads(self.store.get("failed")))
                 time.sleep(pause)
                 pause = min(pause * 1.5, LONGEST)
