@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,16 @@ MODES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full tuning"}
 
 
 def write_card(
-    folder: str | Path, *, base: str | Path | None = None, region: dict[str, Any] | None = None, cost: Mapping[str, Any] | None = None
-) -> None:
+    folder: str | Path, *, base: str | Path | None = None, config: dict[str, Any] | None = None, region: dict[str, Any] | None = None,
+    cost: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the card of the model or run in a folder. PEFT's card there is replaced; one that somebody else wrote is left alone.
 
     No path of this machine gets into it.
 
     Args:
         base: what it was trained on, a folder or a hub name; None: what `region.json` names.
-        region, cost: the content of a `region.json` and a `cost.json` that are not there yet.
+        config, region, cost: the content of `config.json`, `region.json` and `cost.json`, where it is known or not there yet.
 
     Raises:
         LlavaRegionError: one of the folder's files is damaged, or it is not writable.
@@ -46,7 +47,7 @@ def write_card(
     path = folder / CARD_FILE
     if path.is_file() and not any(mark in path.read_text(errors="replace") for mark in (MARK, PEFTS)):
         return
-    write_text(path, _Card(folder, base, region, cost).text())
+    write_text(path, _Card(folder, base, config, region, cost).text())
 
 
 def hub_name(model: str | Path) -> str | None:
@@ -65,9 +66,12 @@ class _Card:
         base: as it was given; called: as readers know it; base_name: its hub name, if there is one.
     """
 
-    def __init__(self, folder: Path, base: str | Path | None, region: dict[str, Any] | None, cost: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, folder: Path, base: str | Path | None, config: dict[str, Any] | None, region: dict[str, Any] | None,
+        cost: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
         self.folder = folder
-        self.config = self._file(CONFIG_FILE) or {}
+        self.config = config or self._file(CONFIG_FILE) or {}
         self.upstream = upstreams.of_config(self.config)
         self.adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
         self.region: dict[str, Any] = region or region_record(folder, self.config) or {}

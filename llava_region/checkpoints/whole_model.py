@@ -123,7 +123,7 @@ def write_model(model: ModelFolder, folder: Path, description: str) -> int:
         write_json(folder / MERGED_FROM_FILE, model.merged_from)
     if model.region is not None:
         write_json(folder / REGION_FILE, model.region)
-    write_card(folder, base=model.path if model.merged_from is not None else None)
+    write_card(folder, base=model.path if model.merged_from is not None else None, config=model.config, region=model.region)
     return size
 
 
