@@ -23,18 +23,21 @@ TITLE, LABEL, SMALL = 10, 9, 8  # points: titles, axis labels, and everything el
 DOTS_PER_INCH = 200  # of PNG files
 
 
-def new_figure(width: float, height: float, titles: Sequence[str] = ("",), share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float, height: float, titles: Sequence[str] = ("",), share_y: bool = False, widths: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
     """An empty figure with a row of panels, in the style of every figure of this package.
 
     Args:
         width, height: of the whole figure, in inches.
         titles: one panel is made for each; an empty title is not drawn.
+        widths: of the panels, in any unit; None: all alike.
         share_y: whether the panels have one vertical axis in common.
     """
     from matplotlib.figure import Figure  # not pyplot: it needs no display and keeps no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(1, len(titles), squeeze=False, sharey=share_y)[0])
+    panels: list[Axes] = list(figure.subplots(1, len(titles), squeeze=False, sharey=share_y, width_ratios=widths)[0])
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=TITLE)
         panel.xaxis.label.set_fontsize(LABEL)

@@ -24,7 +24,7 @@ from tests.helpers.command_line import refused
         ("score m --attn_implementation eager --out x", "--attn-implementation"),
         ("report x --table 7", "--table is '7'; allowed: a number from 1 to 4"),
         ("report x --table 2 --table=0", "--table is '2' and '0'; allowed: a number from 1 to 4"),
-        ("report x --figure one", "--figure is 'one'; allowed: a whole number from 2 to 4"),
+        ("report x --figure one", "--figure is 'one'; allowed: a whole number from 1 to 5"),
         ("score m --batch-size 0 --out x", "--batch-size is '0'; allowed: a number, at least 1"),
         ("score m --eps=-1 --out x", "--eps is '-1'; allowed: a number, at least 0"),
     ],

@@ -34,7 +34,7 @@ def command(
     out: Path = typer.Option(None, "--out", help="Write the rows as JSON."),
     plot: Path = typer.Option(None, "--plot", help="Draw the bars of Figure 1 (left): .png, .svg or .pdf."),
     force: bool = typer.Option(False, "--force", help="Replace --out and --plot if they exist."),
-    as_json: bool = typer.Option(False, "--json", help='Print {"rows": [{"data", "reverted", "perplexity", "tokens", "unlabelled"}]}.'),
+    as_json: bool = typer.Option(False, "--json", help="Print what --out writes: model, base, template and rows."),
 ) -> None:
     """Perplexity on the answers of LLaVA-format files, teacher-forced through the model's training template.
 

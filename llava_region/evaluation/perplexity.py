@@ -190,8 +190,9 @@ def sweep(
         loading: device, dtype, template and so on, as for `models.load`.
 
     Returns:
-        `{"model", "template", "rows": [{"data", "reverted": [layers], "perplexity", "tokens", "unlabelled"}]}`, the
-        unreverted rows first, in the order of `revert` and `data`. perplexity is None where it is beyond a float.
+        `{"model", "upstream", "base", "template", "rows": [{"data", "visual", "reverted": [layers], "perplexity", "tokens",
+        "unlabelled"}]}`, the unreverted rows first, in the order of `revert` and `data`. perplexity is None where it is beyond a
+        float; visual says whether a record of the file has an image; upstream is None for a plain language model.
 
     Raises:
         LlavaRegionError: bad input, before weights load.
@@ -213,8 +214,12 @@ def sweep(
             result = likelihood(model, found, batch_size=batch_size, workers=workers, description=description)
             finite = result.perplexity if math.isfinite(result.perplexity) else None
             counts = {"tokens": result.tokens, "unlabelled": result.unlabelled}
-            rows.append({"data": str(path), "reverted": list(layers), "perplexity": finite, **counts})
-    return {"model": str(source), "template": model.template, "rows": rows}
+            visual = any("image" in record for record in records[path])
+            rows.append({"data": str(path), "visual": visual, "reverted": list(layers), "perplexity": finite, **counts})
+    upstream, origin = source.upstream.name if source.upstream else None, backbone or own_base
+    return {
+        "model": str(source), "upstream": upstream, "base": str(origin) if origin else None, "template": model.template, "rows": rows,
+    }  # fmt: skip
 
 
 def check_bases(

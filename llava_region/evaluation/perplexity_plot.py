@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # of `sweep`: "data", "reverted" (layers), "perplexity" (None if not finite), "tokens", "unlabelled"
 
 LOWEST = 1  # no perplexity is lower
+BACKBONE = "the backbone"
 
 
 def check_plot(path: Path, force: bool = False) -> None:
@@ -39,23 +40,48 @@ def draw(rows: list[Row], path: Path) -> None:
     Raises:
         LlavaRegionError: unknown format, or the folder is not writable.
     """
-    data_files = list(dict.fromkeys(row["data"] for row in rows))
-    sets = list(dict.fromkeys(tuple(row["reverted"]) for row in rows))
-    figure, (panel,) = plotting.new_figure(3.5 + 0.7 * len(data_files) * (len(sets) + 1), 4)
-    width = 0.8 / len(sets)
-    for row, rise in zip(rows, rises(rows), strict=True):
-        number = sets.index(tuple(row["reverted"]))
-        place = data_files.index(row["data"]) + (number - (len(sets) - 1) / 2) * width
-        name = f"reverted: {layer_ranges(row['reverted'])}" if row["reverted"] else "as trained"
-        label = name if row["data"] == data_files[0] else None  # one legend entry per set
-        height = row["perplexity"] or LOWEST  # not 0: a logarithmic axis has no place for it, nor for the text on it
-        bar = panel.bar(place, height, width * 0.9, color=f"C{number % 10}", label=label)
-        panel.bar_label(bar, [_bar_text(row["perplexity"], rise if row["reverted"] else None)], fontsize=7, padding=2)
-    _set_log_axis(panel)
-    panel.set_xticks(range(len(data_files)), [Path(name).stem for name in data_files])
-    panel.set_ylabel("perplexity of answers (log scale)")
+    figure, (panel,) = plotting.new_figure(width_of(rows), 4)
+    draw_bars(panel, rows, [rise if row["reverted"] else None for row, rise in zip(rows, rises(rows), strict=True)])
     figure.legend(loc="outside right upper", fontsize=plotting.SMALL, frameon=False)  # inside it would cover bars
     plotting.save(figure, path)
+
+
+def width_of(rows: list[Row]) -> float:
+    """Inches that the bars of these rows and their legend take."""
+    return 3.0 + 0.62 * len(rows) + 0.4 * len({row["data"] for row in rows})
+
+
+def draw_bars(panel: Axes, rows: list[Row], texts: list[float | None]) -> None:
+    """Draw a group of bars per data file.
+
+    Args:
+        rows: of a sweep; one with `"backbone": True` is the backbone's own.
+        texts: a rise in percent to write on each bar, or None.
+    """
+    groups = {data: [one for one in rows if one["data"] == data] for data in dict.fromkeys(row["data"] for row in rows)}
+    names = list(dict.fromkeys(map(_name, rows)))
+    colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in names if name != BACKBONE)} | {
+        BACKBONE: plotting.GREY
+    }
+    width = 0.8 / max(map(len, groups.values()))
+    seen = set()
+    for row, rise in zip(rows, texts, strict=True):
+        group, name = groups[row["data"]], _name(row)
+        number = next(place for place, other in enumerate(group) if other is row)
+        place = list(groups).index(row["data"]) + (number - (len(group) - 1) / 2) * width
+        height = row["perplexity"] or LOWEST  # not 0: a logarithmic axis has no place for it, nor for the text on it
+        bar = panel.bar(place, height, width * 0.9, color=colours[name], label=None if name in seen else name)  # one legend entry each
+        seen.add(name)
+        panel.bar_label(bar, [_bar_text(row["perplexity"], rise)], fontsize=7, padding=2)
+    _set_log_axis(panel)
+    panel.set_xticks(range(len(groups)), [Path(name).stem for name in groups])
+    panel.set_ylabel("perplexity of answers (log scale)")
+
+
+def _name(row: Row) -> str:
+    if row.get("backbone"):
+        return BACKBONE
+    return f"reverted: {layer_ranges(row['reverted'])}" if row["reverted"] else "as trained"
 
 
 def _set_log_axis(panel: Axes) -> None:

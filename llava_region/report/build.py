@@ -11,7 +11,7 @@ from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 from llava_region.report.figures import FIGURES, Families, draw, figure_data
 from llava_region.report.formats import Table
-from llava_region.report.runs import Run
+from llava_region.report.sources import Sources
 from llava_region.report.tables import TABLES, build_table, find_baselines, write_tables
 
 
@@ -36,7 +36,7 @@ class Report:
         return {"tables": {number: dataclasses.asdict(table) for number, table in self.tables.items()}, "figures": self.figures}
 
 
-def build_report(runs: list[Run], tables: list[int], figures: list[int], baselines: list[str], with_paper: bool = False) -> Report:
+def build_report(sources: Sources, tables: list[int], figures: list[int], baselines: list[str], with_paper: bool = False) -> Report:
     """The tables and figures of these numbers.
 
     Args:
@@ -48,7 +48,7 @@ def build_report(runs: list[Run], tables: list[int], figures: list[int], baselin
     Raises:
         LlavaRegionError: a baseline is not one of the runs, or nothing that was asked for can be made.
     """
-    report = Report()
+    report, runs = Report(), sources.runs
     found = find_baselines(runs, baselines)
     for number in tables or ([] if figures else [0]):
         report.tables[number] = build_table(TABLES[number], runs, found, with_paper)
@@ -56,7 +56,7 @@ def build_report(runs: list[Run], tables: list[int], figures: list[int], baselin
         report.remarks.append("the paper's numbers go with --table 1 to 4 and --figure 2")
     for number in dict.fromkeys(figures):
         try:
-            report.figures[number], remarks = figure_data(FIGURES[number], runs, with_paper)
+            report.figures[number], remarks = figure_data(FIGURES[number], sources, with_paper)
         except LlavaRegionError as e:  # what was asked for beside it is made
             report.refused.append(str(e))
             continue

@@ -1,6 +1,7 @@
-"""The paper's Figures 2 to 4 for one's own runs, as PNG and SVG.
+"""The paper's figures for one's own runs, as PNG and SVG.
 
-Figure 3 has one panel per family of models; Figures 2 and 4 have one panel per task, and a file for each family.
+Figure 3 has one panel per family of models; Figures 2 and 4 have one panel per task, and a file for each family. Figure 1 has
+a file for each family too, Figure 5 one for each model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llava_region.report import series
 from llava_region.report.formats import TITLES
 from llava_region.report.runs import Run
 from llava_region.report.series import Series
+from llava_region.report.sources import Sources
 from llava_region.run_files import COST_FILE
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ class PaperFigure:
     Attributes:
         number: in the paper, and in the names of its files.
         needs: what a run must have to be shown, for the message when none has it.
-        series: the runs of one family -> what is shown of them.
+        series: the runs of one family -> what is shown of them; None: `families` says all.
+        families: everything given -> what is shown, by family.
         draw: the families that one file shows -> the figure.
         one_file: whether all families are in one file; else each has its own.
         paper_series: family -> the paper's own numbers of that model, where its text gives them.
@@ -45,13 +48,14 @@ class PaperFigure:
 
     number: int
     needs: str
-    series: Callable[[list[Run]], list[Series]]
+    series: Callable[[list[Run]], list[Series]] | None
     draw: Callable[[Families], Figure]
     one_file: bool = False
     paper_series: Callable[[str], list[Series]] | None = None
+    families: Callable[[Sources], Families] | None = None
 
 
-def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) -> tuple[Families, list[str]]:
+def figure_data(kind: PaperFigure, sources: Sources, with_paper: bool = False) -> tuple[Families, list[str]]:
     """(family -> the figure's series, remarks on what was left out).
 
     Args:
@@ -63,15 +67,12 @@ def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) ->
     """
     data: Families = {}
     remarks: list[str] = []
-    for family in dict.fromkeys(run.family for run in runs):
-        whole = [run for run in runs if run.family == family and run.layers is not None and not run.reverted]
-        kept, left_out = series.one_of_each(whole)
-        if found := kind.series(kept):
-            data[family] = found
-            if left_out:
-                remarks.append(f"left out, as another run tuned as many layers: {', '.join(left_out)}")
+    if kind.families is not None:
+        data = kind.families(sources)
+    if kind.series is not None:
+        data, remarks = _of_runs(kind.series, sources.runs)
     if not data:
-        raise LlavaRegionError(f"figure {kind.number} needs runs with {kind.needs}; none of the {len(runs)} given has it")
+        raise LlavaRegionError(f"figure {kind.number} needs {kind.needs}; none of the {len(sources.runs)} runs given has it")
     if with_paper and kind.paper_series is None:
         remarks.append("the paper's text gives no numbers for it")
     elif with_paper and kind.paper_series is not None:
@@ -80,6 +81,19 @@ def figure_data(kind: PaperFigure, runs: list[Run], with_paper: bool = False) ->
             if not theirs:
                 remarks.append(f"the paper has no numbers of {family}")
             data[family] = found + theirs
+    return data, remarks
+
+
+def _of_runs(of_family: Callable[[list[Run]], list[Series]], runs: list[Run]) -> tuple[Families, list[str]]:
+    data: Families = {}
+    remarks = []
+    for family in dict.fromkeys(run.family for run in runs):
+        whole = [run for run in runs if run.family == family and run.layers is not None and not run.reverted]
+        kept, left_out = series.one_of_each(whole)
+        if found := of_family(kept):
+            data[family] = found
+            if left_out:
+                remarks.append(f"left out, as another run tuned as many layers: {', '.join(left_out)}")
     return data, remarks
 
 
@@ -192,22 +206,85 @@ def _hours_text(hours: float, full: float | None) -> str:
     return text
 
 
+def perplexity_and_pruning(sources: Sources) -> Families:
+    """Figure 1: of each family the bars of perplexity, then the lines of accuracy over layers pruned, either of which may be missing."""
+    pruned, _ = _of_runs(series.scores_over_pruned_of_full, sources.runs)
+    families = dict.fromkeys([*(content["family"] for content in sources.perplexities), *pruned])
+    bars = {name: series.perplexity_bars([c for c in sources.perplexities if c["family"] == name]) for name in families}
+    return {name: found for name in families if (found := [*bars[name], *pruned.get(name, [])])}
+
+
+def draw_perplexity_and_pruning(families: Families) -> Figure:
+    """Figure 1 of one family: perplexity with layers reverted on the left, accuracy with layers pruned on the right."""
+    from llava_region.evaluation.perplexity_plot import draw_bars, width_of
+
+    ((family, found),) = families.items()
+    bars, lines = ([one for one in found if ("perplexity" in one) == left] for left in (True, False))
+    widths = ([width_of(bars) - 1.5] if bars else []) + ([4.0] if lines else [])
+    titles = ["layers reverted"] * bool(bars) + ["layers pruned"] * bool(lines)
+    figure, panels = plotting.new_figure(sum(widths), HEIGHT + 0.8, titles, widths=widths)
+    figure.suptitle(family, fontsize=11)
+    if bars:
+        draw_bars(panels[0], bars, [bar["rise"] for bar in bars])
+        panels[0].set_xlabel("rise: with images over the model as trained, of text over the backbone", fontsize=plotting.SMALL)
+    if lines:
+        _plot_tasks_over_pruned(panels[-1], lines)
+    for panel in panels:
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=plotting.SMALL, frameon=False)
+    return figure
+
+
+def _plot_tasks_over_pruned(panel: Axes, lines: list[Series]) -> None:
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        panel.plot(line["pruned"], line["scores"], marker="o", markersize=4, linewidth=1.5, color=colour, label=TITLES[line["task"]])
+    panel.set(xlabel="layers pruned, all layers tuned", ylabel="score, %")
+    panel.set_xticks(sorted({place for line in lines for place in line["pruned"]}))
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+
+
+def attention_by_instance(sources: Sources) -> Families:
+    """Figure 5: of each model what its scores file says of every instance."""
+    return {content["family"]: [content] for content in sources.scores}
+
+
+def draw_attention(families: Families) -> Figure:
+    """Figure 5 of one model."""
+    from llava_region.scores.figures import heat_map
+
+    ((model, (content,)),) = families.items()
+    figure = heat_map(content)
+    figure.suptitle(f"image attention, {model}", fontsize=plotting.TITLE)
+    return figure
+
+
 def _titles(tasks: tuple[str, ...]) -> str:
     return ", ".join(TITLES[task] for task in tasks)
 
 
 _OVER_LAYERS = PaperFigure(
     2,
-    f"a complete score of {_titles(series.TASKS_OVER_LAYERS)}",
+    f"runs with a complete score of {_titles(series.TASKS_OVER_LAYERS)}",
     series.scores_over_layers,
     draw_over_layers,
     paper_series=series.paper_scores_over_layers,
 )
-_COST = PaperFigure(3, f"a {COST_FILE} (name it with --cost RUN=FILE)", series.hours_over_layers, draw_cost, one_file=True)
+_COST = PaperFigure(3, f"runs with a {COST_FILE} (name it with --cost RUN=FILE)", series.hours_over_layers, draw_cost, one_file=True)
 _OVER_PRUNED = PaperFigure(
     4,
-    f"layers pruned and a complete score of {_titles(series.TASKS_OVER_PRUNED)}",
+    f"runs with layers pruned and a complete score of {_titles(series.TASKS_OVER_PRUNED)}",
     series.scores_over_pruned,
     draw_over_pruned,
 )
-FIGURES = {figure.number: figure for figure in (_OVER_LAYERS, _COST, _OVER_PRUNED)}
+_PERPLEXITY = PaperFigure(
+    1,
+    f"files of 'llava-region perplexity' (--perplexity FILE), or runs tuned in all layers, with layers pruned and a complete score of "
+    f"{_titles(series.TASKS_OVER_PRUNED)}",
+    None,
+    draw_perplexity_and_pruning,
+    families=perplexity_and_pruning,
+)
+_ATTENTION = PaperFigure(
+    5, "a scores file with image attention by instance (--scores FILE)", None, draw_attention, families=attention_by_instance
+)
+FIGURES = {figure.number: figure for figure in (_PERPLEXITY, _OVER_LAYERS, _COST, _OVER_PRUNED, _ATTENTION)}

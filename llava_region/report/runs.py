@@ -22,7 +22,7 @@ RESULT_TYPES = {"model": str, "base": str, "upstream": str, "region": dict, "num
 COUNT_TYPES = {"n": int, "missing": int, "unreadable_images": int, "cut_prompts": int, "limit": int}
 REGION_TYPES = {"base_model": str, "pruned": dict, "reverted": dict, "scores": dict}
 COST_TYPES = {"gpu_hours": float, "samples": float}
-NAMES = {str: "text", dict: "an object", int: "a count", float: "a number from 0"}
+NAMES = {str: "text", dict: "an object", list: "a list", int: "a count", float: "a number from 0"}
 BEYOND = 1e18  # no count of layers, answers, samples or hours
 
 
@@ -117,11 +117,11 @@ def _names(folders: list[Path]) -> list[str]:
 def _read_run(name: str, folder: Path, cost: str | None) -> Run:
     data, path = _read_results(folder)
     model = str(data.get("model") or folder)
-    _check_types(path, data, RESULT_TYPES)
+    check_types(path, data, RESULT_TYPES)
     region, upstream = data.get("region"), data.get("upstream")
-    _check_types(path, region or {}, REGION_TYPES)
+    check_types(path, region or {}, REGION_TYPES)
     origin = (region or {}).get("base_model") or data.get("base") or (None if upstream else model)
-    run = Run(name, folder, model, family=_model_name(origin))
+    run = Run(name, folder, model, family=model_name(origin))
     for task, result in data["tasks"].items():
         _add_score(run, path, task, result)
     if region:
@@ -152,7 +152,7 @@ def _add_score(run: Run, path: Path, task: str, result: Any) -> None:
     if task not in tasks.NAMES:
         raise LlavaRegionError(f"{path} has an unknown task '{task}'; allowed: {', '.join(tasks.NAMES)}")
     result = result if isinstance(result, dict) else {}
-    _check_types(path, result, COUNT_TYPES)
+    check_types(path, result, COUNT_TYPES)
     score = result.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 100:
         raise LlavaRegionError(f"the score of {task} in {path} is {score!r}; allowed: 0 to 100 percent")
@@ -182,7 +182,7 @@ def _add_region(run: Run, path: Path, region: dict[str, Any]) -> None:
     run.metric = (region.get("scores") or {}).get("metric")
 
 
-def _model_name(path: str | None) -> str:
+def model_name(path: str | None) -> str:
     """Last part of a model's folder or hub id; for a folder in the hub's cache, the model's name and not the snapshot's hash."""
     parts = Path(path).parts if path else ()
     cached = next((part for part in parts if part.startswith("models--")), None)
@@ -207,11 +207,11 @@ def _read_cost(folder: Path, model: str, given: str | None) -> dict[str, Any] | 
 
 def _cost(path: Path) -> dict[str, Any]:
     cost = read_json(path)
-    _check_types(path, cost, COST_TYPES)
+    check_types(path, cost, COST_TYPES)
     return cost
 
 
-def _check_types(path: Path, data: Any, wanted: Mapping[str, type]) -> None:
+def check_types(path: Path, data: Any, wanted: Mapping[str, type]) -> None:
     """Refuse a value of another kind than was written; one that is missing or null is not looked at.
 
     Raises:
@@ -230,7 +230,7 @@ def _join_families(runs: list[Run]) -> None:
     """Put a model of unknown origin, such as a released one, into the only family with as many layers, if there is just one."""
     for run in [run for run in runs if not run.family]:
         fitting = {other.family for other in runs if other.family and run.num_layers in (None, other.num_layers)}
-        run.family = fitting.pop() if len(fitting) == 1 else _model_name(run.model)
+        run.family = fitting.pop() if len(fitting) == 1 else model_name(run.model)
 
 
 def _set_data_scales(runs: list[Run], scales: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What the paper's Figures 2 to 4 show, as plain numbers: the series of one family of models.
+"""What the paper's figures show, as plain numbers: the series of one family of models.
 
 Only complete scores are shown, each series is sorted by its horizontal axis, and every function gives an empty list where the
 runs have nothing to show.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llava_region import tasks
@@ -100,3 +101,37 @@ def scores_over_pruned(runs: list[Run]) -> list[Series]:
             if any(pruned):
                 out.append({"task": task, "layers_tuned": count, "full": same[0].is_full, "pruned": pruned, "scores": scores})
     return out
+
+
+def perplexity_bars(contents: list[dict[str, Any]]) -> list[Series]:
+    """Figure 1, left, of the perplexity files of one family: bars in groups by data file.
+
+    The rise is that of the caption: of data with images over the model as trained, of text over the backbone.
+
+    Returns:
+        `{"data", "visual", "reverted": [layers], "backbone": bool, "perplexity": value or None, "rise": percent or None}`; the
+        backbone's own bar goes before those of the model, and has no rise, nor has the model as trained on data with images.
+    """
+    trained = [row for content in contents if content.get("upstream") for row in content["rows"]]
+    own = {Path(row["data"]).stem: row for content in contents if not content.get("upstream") for row in content["rows"]}
+    as_trained = {row["data"]: row["perplexity"] for row in trained if not row["reverted"]}
+    out = []
+    for data in dict.fromkeys(row["data"] for row in trained):
+        backbone = own.get(Path(data).stem)
+        if backbone is not None:
+            out.append({**_bar(backbone, None), "data": data, "backbone": True})
+        for row in (row for row in trained if row["data"] == data):
+            over = as_trained.get(data) if row["visual"] else backbone and backbone["perplexity"]
+            out.append(_bar(row, None if row["visual"] and not row["reverted"] else over))
+    return out
+
+
+def _bar(row: dict[str, Any], over: float | None) -> Series:
+    value = row["perplexity"]
+    rise = 100 * (value / over - 1) if value and over else None
+    return {**{key: row[key] for key in ("data", "visual", "reverted", "perplexity")}, "backbone": False, "rise": rise}
+
+
+def scores_over_pruned_of_full(runs: list[Run]) -> list[Series]:
+    """Figure 1, right: the series of Figure 4 of the model that was tuned in all layers, of every task of Figure 4."""
+    return [line for line in scores_over_pruned(runs) if line["full"]]

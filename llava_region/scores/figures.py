@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llava_region import plotting
 from llava_region.plotting import COLOURS, GREY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Scores above zero whose highest is below so many times the lowest are points on an axis of their own: bars begin at zero, where
 # such scores look all alike.
@@ -28,7 +31,7 @@ def draw(scores: dict[str, Any], folder: Path, top: dict[str, list[int]]) -> lis
     """
     files = [_draw_ranking(name, metric["scores"], top[name], folder / f"{name}.png") for name, metric in scores["metrics"].items()]
     if scores.get("instances"):
-        files.append(_draw_instances(scores, folder / "image_attention_instances.png"))
+        files += plotting.save(heat_map(scores), folder / "image_attention_instances.png")
     return files
 
 
@@ -47,8 +50,11 @@ def _draw_ranking(name: str, values: list[float], top: list[int], path: Path) ->
     return path
 
 
-def _draw_instances(scores: dict[str, Any], path: Path) -> Path:
-    """Instances down, decoder layers across; each instance scaled to its own largest layer, as they differ in length."""
+def heat_map(scores: dict[str, Any]) -> Figure:
+    """The heat map of a scores file that holds instances: instances down, decoder layers across.
+
+    Each instance is scaled to its own largest layer, as they differ in length.
+    """
     blocks = [dataset for dataset in scores["instances"] if dataset["scores"]]
     rows = np.concatenate([np.asarray(block["scores"]) for block in blocks])
     rows = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(float).tiny)
@@ -64,5 +70,4 @@ def _draw_instances(scores: dict[str, Any], path: Path) -> Path:
     middles = ends - np.asarray([len(block["scores"]) for block in blocks]) / 2 - 0.5
     panel.set_yticks(middles, [block["data"] for block in blocks])
     panel.set(xlabel="decoder layer", ylabel=f"{len(rows)} instances, by data file")
-    plotting.save(figure, path)
-    return path
+    return figure

@@ -104,11 +104,11 @@ use_model() {
 
 # Check before the first training that what later steps read exists: a wrong EVAL_DATA should not be found after a night.
 check_inputs() {
-    [[ -n ${TASKS:-} && ! -v inputs_checked ]] || return 0
+    local needed=${TASKS:-}${NEEDED_TASKS:+,$NEEDED_TASKS} images=() # NEEDED_TASKS: those that data are made of
+    [[ -n $needed && ! -v inputs_checked ]] || return 0
     inputs_checked=1
-    local images=()
     [[ ! -v NEEDS_FLICKR ]] || images=(--images "$FLICKR_IMAGES")
-    "$PYTHON" "$SCRIPTS/reproduce/score_data.py" check "$TASKS" --data-root "$EVAL_DATA" "${images[@]}"
+    "$PYTHON" "$SCRIPTS/reproduce/score_data.py" check "${needed#,}" --data-root "$EVAL_DATA" "${images[@]}"
 }
 
 # SPEC [SUFFIX [SETTING=VALUE...]]: train that region; sets `run` to the run's folder.
@@ -154,6 +154,12 @@ score_attention() {
     score attention --metrics image_attention "${files[@]}" --image-folder "$EVAL_DATA" --limit 50
 }
 
+# TASK LIMIT: a benchmark's questions with their answers; sets `file`.
+answers() {
+    file=$RESULTS/data/answers/$1.json
+    once "$file" "$PYTHON" "$SCRIPTS/reproduce/score_data.py" answers "$1" --data-root "$EVAL_DATA" --limit "$2" --out "$file"
+}
+
 # K [FLAG...]: drop K layers by the angular distance in `scores`; sets `run` to the pruned model, which needs no base.
 prune() {
     local drop=$1 from=$run
@@ -193,14 +199,15 @@ has_tasks() { # FILE TASKS
     done
 }
 
-# NAME FLAG...: report on the folders in `reported` under RESULTS/NAME; make it again if one of them is newer than the report.
+# NAME FLAG...: report on the folders in `reported` under RESULTS/NAME; make it again if one of them, or a file named by a flag, is newer
+# than the report.
 report() {
-    local out=$RESULTS/$1 made folder
+    local out=$RESULTS/$1 made source
     made=$out/$1.md
     [[ $1 != figure* ]] || made=$out/$1.png
     local command=("${REGION[@]}" report "${reported[@]}" "${@:2}" "${baselines[@]}" --out "$out")
-    for folder in "${reported[@]}"; do
-        if [[ $DRY_RUN != 1 && ($folder/results.json -nt $made || $folder/cost.json -nt $made) ]]; then
+    for source in "${reported[@]}" "${@:2}"; do
+        if [[ $DRY_RUN != 1 && ($source/results.json -nt $made || $source/cost.json -nt $made || (-f $source && $source -nt $made)) ]]; then
             run_step "$made" "${command[@]}"
             return
         fi

@@ -40,7 +40,7 @@ def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: p
     [
         (["--baseline", "none"], "the baseline 'none' is not a run"),
         (["--table", "5"], "--table"),
-        (["--figure", "1"], "--figure"),
+        (["--figure", "6"], "--figure"),
         (["--figure", "2"], "--out DIR"),
         (["--format", "html"], "unknown format 'html'; allowed: markdown, csv, latex, all"),
         (["--format", "all"], "--out DIR"),
@@ -48,6 +48,10 @@ def test_command_writes_every_form(scaled: list[Path], tmp_path: Path, capsys: p
         (["--cost", "x=cost.json"], "--cost names 'x'"),
         (["--cost", "bunny-8=/nowhere/cost.json"], "cannot read"),
         (["--figure", "4", "--out", "OUT"], "figure 4 needs runs with layers pruned"),
+        (["--figure", "1", "--out", "OUT"], "figure 1 needs files of 'llava-region perplexity'"),
+        (["--figure", "5", "--out", "OUT"], "figure 5 needs a scores file"),
+        (["--scores", "scores.json"], "--scores is for Figure 5; give --figure 5"),
+        (["--perplexity", "p.json", "--figure", "2", "--out", "OUT"], "--perplexity is for Figure 1; give --figure 1"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -140,3 +144,8 @@ def test_a_figure_without_runs_keeps_the_tables(table_2: list[Path], tmp_path: P
     assert str(out / "table2.md") in text
     line = refused(capsys, "report", *table_2, "--figure", 4, "--out", tmp_path / "none")  # nothing is left to write
     assert "figure 4 needs runs" in line and not (tmp_path / "none").exists()
+
+
+def test_a_table_needs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run is given" in refused(capsys, "report")
+    assert "no run is given" in refused(capsys, "report", "--table", 2, "--figure", 5, "--out", tmp_path / "out")

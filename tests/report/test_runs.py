@@ -13,6 +13,7 @@ from llava_region.data.tiny import TinyFiles
 from llava_region.errors import LlavaRegionError
 from llava_region.report.figures import FIGURES, figure_data
 from llava_region.report.runs import read_runs
+from llava_region.report.sources import Sources
 from tests.helpers.report_runs import VICUNA_13B, WHOLE, cost, evaluated, region_of, table_of
 
 
@@ -60,7 +61,7 @@ def test_training_runs_without_evaluation_are_enough_for_figure_3(scaled: list[P
     folders = [tmp_path / "models" / name for name in ("32-100", "8-100")]
     runs = read_runs(folders)
     assert [(run.name, len(run.layers), run.scores) for run in runs] == [("32-100", 32, {}), ("8-100", 8, {})]
-    data, _ = figure_data(FIGURES[3], runs)
+    data, _ = figure_data(FIGURES[3], Sources(runs))
     assert data["Meta-Llama-3-8B-Instruct"][0]["gpu_hours"] == [18, 42]
     (folders[0] / "cost.json").unlink()  # not finished
     with pytest.raises(LlavaRegionError, match="or a finished training run"):

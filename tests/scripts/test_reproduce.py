@@ -79,7 +79,7 @@ def regions(commands):
 
 
 def test_every_table_and_figure_has_a_driver():
-    assert DRIVERS == ["figure2", "figure3", "figure4", "table1", "table2", "table3", "table4"]
+    assert DRIVERS == ["figure1", "figure2", "figure3", "figure4", "figure5", "table1", "table2", "table3", "table4"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -132,6 +132,7 @@ def test_table1_selects_by_place_and_by_importance():
         ("figure2", SPARSE_32 * 3, "ocrvqa,textvqa,tdiuc,gqa"),
         ("figure3", SPARSE_32 * 2 + SPARSE_40, None),
         ("table4", ["all", "sparse:8"] * 2, "mmlu,bbh"),
+        ("figure1", ["all"], "ocrvqa,textvqa,docvqa,scienceqa"),
         ("figure4", ["all", "sparse:8"], "ocrvqa,textvqa,docvqa,scienceqa"),
     ],
 )
@@ -183,6 +184,31 @@ def test_figure4_prunes_outside_the_region():
     pruned = [words[words.index("eval") + 1] for words in of_kind(commands, "eval") if "--base" not in words]
     assert pruned == [option(words, "--out")[0] for words in prunes]
     assert len([word for word in commands[-1] if word.startswith("r/eval/")]) == 10
+
+
+def test_figure1_measures_the_model_and_its_backbone(tmp_path):
+    commands = listed("figure1", TEXT_FILES="wiki.txt news.txt", SETS="0-3;28-31", RECORDS=50)
+    made = {option(words, "--out")[0]: words for words in of_kind(commands, "data") if "answers" in words or "text" in words}
+    assert [Path(name).stem for name in made] == ["ocrvqa", "docvqa", "mmlu", "bbh", "texts"]
+    assert all(option(words, "--limit") == ["50"] for words in made.values())
+    assert made["r/data/answers/texts.json"][2:5] == ["text", "wiki.txt", "news.txt"]
+    tuned, backbone = of_kind(commands, "perplexity")
+    assert option(tuned, "--data") == list(made) and option(backbone, "--data") == list(made)[2:]
+    assert option(tuned, "--revert-sweep") == ["0-3;28-31"] and option(tuned, "--base") == ["lmsys/vicuna-7b-v1.5"]
+    assert backbone[backbone.index("perplexity") + 1] == "lmsys/vicuna-7b-v1.5" and option(backbone, "--template") == ["vicuna_v1"]
+    assert option(commands[-1], "--perplexity") == [option(tuned, "--out")[0], option(backbone, "--out")[0]]
+    prunes = of_kind(commands, "prune")
+    assert [option(words, "--drop")[0] for words in prunes] == ["1", "2", "3", "4"]
+    assert all(option(words, "--protect") == ["none"] for words in prunes)
+    assert not of_kind(listed("figure1", TEXT_DATA=""), "perplexity")[1:], "without text there is no need of the backbone"
+
+
+def test_figure5_scores_50_questions_of_each_benchmark():
+    commands = listed("figure5")
+    assert regions(commands) == ["all"] and of_kind(commands, "eval") == []
+    (score,) = of_kind(commands, "score")
+    assert option(score, "--limit") == ["50"] and len(option(score, "--data")) == 4
+    assert option(commands[-1], "--figure") == ["5"] and option(commands[-1], "--scores") == option(score, "--out")
 
 
 def test_settings_of_one_model_go_before_the_common_ones():
@@ -273,6 +299,7 @@ def test_missing_inputs_cost_no_training(tmp_path):
 
     assert "unknown task 'gqqa'" in refused("table3", TASKS="gqqa")
     assert "lacks mmlu/dev/" in refused("table4")
+    assert "unknown task 'docqva'" in refused("figure5", ATTENTION_TASKS="tdiuc docqva")
     write_scienceqa(tmp_path)
     assert "flickr holds no images" in refused("figure4", TASKS="scienceqa", FLICKR_IMAGES=tmp_path / "flickr")
 
@@ -289,7 +316,7 @@ def test_training_can_be_submitted(fake, tmp_path):
 
 @pytest.fixture
 def tiny_driver(tiny, tmp_path):
-    """Start table3.sh with the tiny model on CPU; returns (start, results): two regions, one benchmark of a few questions."""
+    """Start a driver with the tiny model on CPU; returns (start, results): two regions, one benchmark of a few questions."""
     pytest.importorskip("llava.train.train")
     from tests.helpers.data_roots import write_scienceqa
     from tests.helpers.training_runs import environment
@@ -300,13 +327,13 @@ def tiny_driver(tiny, tmp_path):
         "PROJECTOR": "", "DATA": tiny.data, "IMAGES": tiny.images, "EVAL_DATA": tmp_path / "eval data", "TASKS": "scienceqa",
         "RESULTS": tmp_path / "my results", "LAUNCHER": "python", "ZERO": "none", "NUM_GPUS": 1, "GLOBAL_BATCH": 4, "SAVE_STEPS": 2,
         "TRAIN_FLAGS": "--use_cpu True --bf16 False --tf32 False --dataloader_num_workers 0 --lora_r 8 --max_steps 8",
-        "EVAL_FLAGS": "--device cpu", "PYTHON": sys.executable,
+        "EVAL_FLAGS": "--device cpu", "SCORE_FLAGS": "--device cpu", "PERPLEXITY_FLAGS": "--device cpu", "PYTHON": sys.executable,
     }  # fmt: skip
-    env = environment(**{name: str(value) for name, value in settings.items()})
     log = (tmp_path / "log").open("w")
 
-    def start():
-        command = ["bash", str(REPRODUCE / "table3.sh")]
+    def start(driver="table3", **more):
+        env = environment(**{name: str(value) for name, value in {**settings, **more}.items()})
+        command = ["bash", str(REPRODUCE / f"{driver}.sh")]
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     yield start, tmp_path / "my results"
@@ -350,3 +377,47 @@ def test_table3_for_real_killed_twice(tiny_driver, tmp_path):
     before = ages(results)
     assert start().wait(timeout=60) == 0
     assert ages(results) == before
+
+
+@pytest.fixture
+def eval_data(tmp_path) -> Path:
+    """Questions of benchmarks with and without images, and some of Flickr30k's images, next to what `tiny_driver` has."""
+    from tests.helpers.data_roots import save_picture, write_docvqa, write_mmlu, write_tdiuc
+
+    root = tmp_path / "eval data"
+    write_docvqa(root)
+    write_tdiuc(root)
+    write_mmlu(root)
+    for number, colour in enumerate(("red", "green", "blue")):
+        save_picture(tmp_path / "flickr" / f"{number}.jpg", colour)
+    return root
+
+
+def test_figure1_for_real_killed_once(tiny_driver, eval_data, tmp_path):
+    """Killed while it measures, it goes on, and ends with both halves of the figure."""
+    start, results = tiny_driver
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{word} " * 50 for word in ("one", "two", "three")))
+    settings = {
+        "SETS": "0-1;6", "VISUAL_DATA": "docvqa", "TEXT_DATA": "mmlu", "TEXT_FILES": tmp_path / "text.txt", "DROPS": "1 2",
+        "FLICKR_IMAGES": tmp_path / "flickr",
+    }  # fmt: skip
+    kill_when(start("figure1", **settings), results / "data/answers/texts.json")
+    assert start("figure1", **settings).wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (results / "figure1/figure1.png").is_file() and (results / "figure1/figure1.svg").is_file()
+    tuned = json.loads((results / "perplexity/llava-v1.5-7b-lora-all.json").read_text())
+    assert [(Path(row["data"]).stem, row["visual"], row["reverted"]) for row in tuned["rows"]] == [
+        (name, name == "docvqa", layers) for layers in ([], [0, 1], [6]) for name in ("docvqa", "mmlu", "texts")
+    ]
+    backbone = json.loads((results / "perplexity/llava-v1.5-7b-lora-all-backbone.json").read_text())
+    assert backbone["upstream"] is None and len(backbone["rows"]) == 2
+    before = ages(results)
+    assert start("figure1", **settings).wait(timeout=60) == 0
+    assert ages(results) == before
+
+
+def test_figure5_for_real(tiny_driver, eval_data, tmp_path):
+    start, results = tiny_driver
+    settings = {"ATTENTION_TASKS": "docvqa tdiuc"}
+    kill_when(start("figure5", **settings), results / "data/attention-tdiuc.json")
+    assert start("figure5", **settings).wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert {path.name for path in (results / "figure5").iterdir()} == {"figure5.png", "figure5.svg"}
