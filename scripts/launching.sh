@@ -46,14 +46,47 @@ print_command() {
     echo
 }
 
-visible_gpus() {
-    local found=1
-    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-        found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
-    elif command -v nvidia-smi >/dev/null; then
-        found=$(nvidia-smi --list-gpus | wc -l)
+# Check a setting, and write it without zeros before it, which bash would read as octal.
+whole_number() { # NAME LEAST
+    if ! [[ ${!1:-} =~ ^[0-9]{1,9}$ ]] || ((10#${!1} < $2)); then
+        die "$1 is '${!1:-}'; allowed: a whole number, at least $2"
     fi
-    echo $((found > 0 ? found : 1))
+    printf -v "$1" %d "$((10#${!1}))"
+}
+
+# Set `gpus` to the names in CUDA_VISIBLE_DEVICES, which are indices or begin with GPU- or MIG-. As for CUDA, a negative one ends the list.
+read_gpu_names() {
+    local name names
+    gpus=()
+    IFS=, read -ra names <<<"${CUDA_VISIBLE_DEVICES//[[:space:]]/}"
+    for name in "${names[@]}"; do
+        [[ $name != -* && $name != NoDevFiles ]] || break
+        [[ -n $name ]] || continue
+        [[ $name =~ ^([0-9]+|GPU-[0-9A-Fa-f-]+|MIG-[0-9A-Za-z/-]+)$ ]] ||
+            die "CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES'; allowed: indices, or names as 'nvidia-smi -L' prints them (GPU-..., MIG-...), separated by commas"
+        [[ " ${gpus[*]} " != *" $name "* ]] || die "CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES', which names $name twice; CUDA would see no GPU"
+        gpus+=("$name")
+    done
+}
+
+# Set `seen` to the number of GPUs that a process here can use, or to nothing where that cannot be known.
+count_gpus() {
+    local listed
+    gpus=() seen=
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        read_gpu_names
+        seen=${#gpus[@]}
+        [[ ${gpus[0]:-} != MIG-* ]] || seen=1 # CUDA shows a process one MIG instance only
+    elif command -v nvidia-smi >/dev/null && listed=$(nvidia-smi --list-gpus 2>/dev/null); then
+        seen=$(grep -c '^GPU ' <<<"$listed") || true
+        ! grep -q '^ *MIG ' <<<"$listed" || seen=1
+    fi
+}
+
+# GPUs of this machine, at least 1.
+visible_gpus() {
+    count_gpus
+    echo $((${seen:-1} > 0 ? ${seen:-1} : 1))
 }
 
 # A layer spec, changed so that it can be part of a folder's name: sparse:25% -> sparse-25pct, scores.json:block_influence:8 -> block_influence-8.

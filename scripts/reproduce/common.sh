@@ -13,6 +13,9 @@
 #   TASKS                       benchmarks, separated by commas; default: those of the table or figure
 #   TRAIN_FLAGS EVAL_FLAGS SCORE_FLAGS PRUNE_FLAGS   more flags for these commands
 #   TRAIN_WITH                  put before every launcher, such as "sbatch --wait --nodes 2 scripts/slurm/train.sbatch"
+#   EVAL_WITH SCORE_WITH        put before every evaluation and scoring, such as "srun --nodes 1 --gpus-per-node 8". GPUs are counted where a step
+#                               runs; NUM_GPUS, if it is set, is for all steps
+#   PAPER=1                     train at the paper's cost: every layer recomputed, logits at every position. Same model, another folder
 #   DRY_RUN=1                   print every command, finished or not, one per line, and run none
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,21 +29,39 @@ ATTENTION_TASKS=${ATTENTION_TASKS:-docvqa ocrvqa tdiuc refcocog}
 MODE=${MODE:-lora}
 PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-0}
-NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
 VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
-export MODE PYTHON DRY_RUN NUM_GPUS
+export MODE PYTHON DRY_RUN
+# A number of GPUs that the user gave is for every step. Else each step counts those of the machine on which it runs.
+if [[ -n ${NUM_GPUS:-} ]]; then
+    whole_number NUM_GPUS 1
+    export NUM_GPUS
+else
+    unset NUM_GPUS
+fi
 
 reported=()  # folders for the report
 baselines=() # its --baseline flags, one per model
 
 REGION=("$PYTHON" -m llava_region)
-REGION_ON_ALL_GPUS=("${REGION[@]}")
-((NUM_GPUS == 1)) || REGION_ON_ALL_GPUS=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" -m llava_region)
 if [[ -n ${BUNNY_ROOT:-} ]]; then
     on_path=(env "PYTHONPATH=$BUNNY_ROOT${PYTHONPATH:+:$PYTHONPATH}")
     REGION=("${on_path[@]}" "${REGION[@]}")
-    REGION_ON_ALL_GPUS=("${on_path[@]}" "${REGION_ON_ALL_GPUS[@]}")
 fi
+
+# SUBMIT: set `words` to what stands before a subcommand of llava-region on all GPUs of the machine where SUBMIT, if anything, takes it.
+on_all_gpus() {
+    local count=${NUM_GPUS:-}
+    if [[ -z $count && -n $1 ]]; then
+        count=gpu # torchrun's word for those that it finds
+    elif [[ -z $count ]]; then
+        count=$(visible_gpus)
+    fi
+    words_of "$1"
+    [[ -z ${BUNNY_ROOT:-} ]] || words+=("${on_path[@]}")
+    words+=("$PYTHON")
+    [[ $count == 1 ]] || words+=(-m torch.distributed.run --standalone --nproc_per_node "$count")
+    words+=(-m llava_region)
+}
 
 # The words of a setting that holds several flags or files.
 words_of() {
@@ -113,10 +134,12 @@ check_inputs() {
 
 # SPEC [SUFFIX [SETTING=VALUE...]]: train that region; sets `run` to the run's folder.
 train() {
-    local spec=$1 suffix=${2:-}
+    local spec=$1 suffix=${2:-} paper=()
+    [[ ${PAPER:-0} != 1 ]] || suffix+=-paper paper=(--region_checkpointing all --supervised_logits False)
     run=$RESULTS/runs/$name-$MODE-$(region_name "$spec")$suffix
     local launcher=(env "${settings[@]}" "${@:3}" "OUT=$run" "TUNE_LAYERS=$spec")
     words_of "${TRAIN_FLAGS:-}"
+    words=("${paper[@]}" "${words[@]}")
     if [[ $DRY_RUN == 1 ]]; then
         "${launcher[@]}" "$SCRIPTS/train/$model.sh" "${words[@]}"
         return
@@ -131,8 +154,10 @@ train() {
 # KIND [FLAG...]: score the layers of the current run; sets `scores` to the file.
 score() {
     scores=$RESULTS/scores/$(basename "$run")-$1.json
+    on_all_gpus "${SCORE_WITH:-}"
+    local command=("${words[@]}")
     words_of "${SCORE_FLAGS:-}"
-    once "$scores" "${REGION_ON_ALL_GPUS[@]}" score "$run" "${@:2}" --base "$backbone" --out "$scores" --resume "${words[@]}"
+    once "$scores" "${command[@]}" score "$run" "${@:2}" --base "$backbone" --out "$scores" --resume "${words[@]}"
 }
 
 # KIND METRICS: on 1,000 images of Flickr30k, as the paper scores block influence.
@@ -180,8 +205,10 @@ evaluate() {
     local tasks=$1 folder=$2 out
     out=$RESULTS/eval/$(basename "$folder")
     reported+=("$out")
+    on_all_gpus "${EVAL_WITH:-}"
+    local command=("${words[@]}")
     words_of "${EVAL_FLAGS:-}"
-    local command=("${REGION_ON_ALL_GPUS[@]}" eval "$folder" --task "$tasks" --data-root "$EVAL_DATA" --out "$out" "${@:3}" "${words[@]}")
+    command+=(eval "$folder" --task "$tasks" --data-root "$EVAL_DATA" --out "$out" "${@:3}" "${words[@]}")
     if [[ $DRY_RUN == 1 ]]; then
         print_command "${command[@]}"
     elif has_tasks "$out/results.json" "$tasks"; then

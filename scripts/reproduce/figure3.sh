@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figure 3: GPU hours over the number of layers tuned, from the cost.json of the runs of Tables 2 and 3 (section 5.2).
-# The paper recomputes every layer's activations; for its setting train with TRAIN_FLAGS="--region_checkpointing all".
+# PAPER=1 trains at the paper's cost. Without it, this package's own savings are in the figure too (benchmarks/README.md).
 # Settings: see common.sh; MODELS are the launchers, LLAVA_7B_SPECS etc. the regions.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

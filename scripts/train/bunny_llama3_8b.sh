@@ -11,6 +11,7 @@ IMAGES=${IMAGES:-data/finetune/images}
 TEMPLATE=llama
 RECIPE_BATCH=8
 MAX_LENGTH=2048
-MODEL_FLAGS=(--model_type llama3-8b --group_by_modality_length False)
+GROUPED=False
+MODEL_FLAGS=(--model_type llama3-8b)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch "$@"

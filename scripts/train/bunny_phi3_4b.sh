@@ -11,6 +11,7 @@ IMAGES=${IMAGES:-data/finetune/images}
 TEMPLATE=phi3
 RECIPE_BATCH=4
 MAX_LENGTH=4096
-MODEL_FLAGS=(--model_type phi-3 --group_by_modality_length False)
+GROUPED=False
+MODEL_FLAGS=(--model_type phi-3)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch "$@"

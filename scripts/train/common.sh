@@ -8,13 +8,19 @@
 #   OUT                                output folder; the default is named after the model, MODE and TUNE_LAYERS
 #   TUNE_LAYERS=sparse:25%             the visual region, as in `llava-region layers --help`
 #   MODE=lora|qlora|full               LoRA, LoRA on a 4-bit backbone, or the region's own weights
-#   NUM_GPUS                           GPUs on this node; default: all visible ones
+#   NUM_GPUS                           GPUs on this node; default: all visible ones (CUDA_VISIBLE_DEVICES: indices, GPU-... or MIG-...)
 #   BATCH                              samples per device and pass; default: the paper's, or less if there are more GPUs
 #   GLOBAL_BATCH=128                   samples per optimizer step over all GPUs; the paper's for every model
+#   RECIPE=upstream|authors            authors: as the paper's authors trained LLaVA, in Bunny's code: 8 samples per device and pass, and not
+#                                      grouped by length. Bunny's own recipe is theirs
+#   REPORT_TO                          none, wandb, tensorboard, ...; default: the upstream's, which is every one that is installed
 #   SAVE_STEPS=500                     optimizer steps between checkpoints
 #   ZERO=zero3|zero2|zero3_offload|none|FILE.json   QLoRA: zero2 or none
 #   LAUNCHER=deepspeed|torchrun|python   several nodes: torchrun; python: one process on one GPU
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: the same command on each, with its own NODE_RANK
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: the same command on each, with its own NODE_RANK. In the pods of a
+#                                      Kubeflow PyTorchJob they come from the operator
+#   NNODES RDZV_ENDPOINT=HOST:PORT RDZV_ID=NAME   the same without ranks: torchrun's nodes find each other at HOST
+#   HOSTFILE=FILE                      several nodes from one of them, with DeepSpeed's launcher, over ssh
 #   TRAIN_SCRIPT                       path of an upstream train script, to take its attention implementation (train_mem.py)
 #   BUNNY_ROOT                         a Bunny checkout, if Bunny is not installed
 #   PYTHON=python                      the interpreter that has everything installed
@@ -29,13 +35,18 @@ source "$SCRIPTS/train/supervise.sh"
 MODE=${MODE:-lora}
 TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128}
+RECIPE=${RECIPE:-upstream}
 SAVE_STEPS=${SAVE_STEPS:-500}
-NNODES=${NNODES:-1}
+DRY_RUN=${DRY_RUN:-0}
 PYTHON=${PYTHON:-python}
 TRAIN_SCRIPT=${TRAIN_SCRIPT:-$FAMILY}
 
-whole_number() { # NAME VALUE LEAST
-    [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || die "$1 is '$2'; allowed: a whole number, at least $3"
+choose_recipe() {
+    case $RECIPE in
+        upstream) ;;
+        authors) [[ $FAMILY != llava ]] || { RECIPE_BATCH=8 GROUPED=False; } ;;
+        *) die "RECIPE is '$RECIPE'; allowed: upstream, authors" ;;
+    esac
 }
 
 # LoRA runs need both the family's name and "lora" in the folder's name: the upstream's loader decides by it.
@@ -51,23 +62,77 @@ choose_output() {
     esac
 }
 
+# In a pod of a Kubeflow PyTorchJob the operator says how many there are and which this is. torchrun's own variables are PET_...
+read_pod() {
+    [[ -n ${KUBERNETES_SERVICE_HOST:-} && ! -v LOCAL_RANK ]] || return 0
+    NNODES=${NNODES:-${PET_NNODES:-${WORLD_SIZE:-1}}}
+    NODE_RANK=${NODE_RANK:-${PET_NODE_RANK:-${RANK:-}}}
+    [[ ${PET_NPROC_PER_NODE:-} != [0-9]* ]] || NUM_GPUS=${NUM_GPUS:-$PET_NPROC_PER_NODE}
+    unset "${!PET_@}" # torchrun would read them along with the flags that it is given
+}
+
+# Set NNODES and NUM_GPUS to those of a DeepSpeed hostfile: lines of `HOST slots=N`.
+read_hostfile() {
+    [[ -n ${HOSTFILE:-} ]] || return 0
+    [[ ${LAUNCHER:=deepspeed} == deepspeed ]] || die "HOSTFILE is for LAUNCHER=deepspeed, which is '$LAUNCHER'; leave one of them out"
+    [[ -f $HOSTFILE ]] || die "HOSTFILE is '$HOSTFILE', which is not a file"
+    local host slots rest hosts=0 least=
+    while read -r host slots rest || [[ -n $host ]]; do
+        [[ -n $host && $host != \#* ]] || continue
+        [[ $slots =~ ^slots=([1-9][0-9]*)$ ]] || die "a line of $HOSTFILE is '$host $slots $rest'; allowed: HOST slots=GPUS"
+        [[ ${least:-${BASH_REMATCH[1]}} == "${BASH_REMATCH[1]}" ]] ||
+            die "the hosts in $HOSTFILE have different numbers of slots; give each the same, or train with torchrun on each node"
+        least=${BASH_REMATCH[1]} hosts=$((hosts + 1))
+    done <"$HOSTFILE"
+    ((hosts)) || die "HOSTFILE is '$HOSTFILE', which names no host"
+    [[ -z ${NNODES:-} || $NNODES == "$hosts" ]] || die "NNODES is $NNODES, but $HOSTFILE names $hosts hosts; leave NNODES out"
+    [[ -z ${NUM_GPUS:-} || $NUM_GPUS == "$least" ]] || die "NUM_GPUS is $NUM_GPUS, but $HOSTFILE has slots=$least; leave NUM_GPUS out"
+    NNODES=$hosts NUM_GPUS=$least
+}
+
+choose_gpus() {
+    count_gpus
+    NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
+    NNODES=${NNODES:-1}
+    whole_number NUM_GPUS 1
+    whole_number NNODES 1
+    [[ -z ${HOSTFILE:-} ]] || return 0
+    # none at all: ranks on the CPU. What nvidia-smi lists here says nothing of where a printed command will run
+    if [[ ${seen:-0} -gt 0 && ($DRY_RUN != 1 || -v CUDA_VISIBLE_DEVICES) ]]; then
+        ((NUM_GPUS <= seen)) || die "NUM_GPUS is $NUM_GPUS, but a process here can use $seen (CUDA_VISIBLE_DEVICES is '${CUDA_VISIBLE_DEVICES-not set}'); name more GPUs there, or set NUM_GPUS=$seen"
+    fi
+    gpus=("${gpus[@]:0:NUM_GPUS}")
+}
+
 # Per-device batch and accumulation that make GLOBAL_BATCH on all GPUs, the batch as large as the paper's or smaller.
 choose_batch() {
-    NUM_GPUS=${NUM_GPUS:-$(visible_gpus)}
-    whole_number NUM_GPUS "$NUM_GPUS" 1
-    whole_number NNODES "$NNODES" 1
-    whole_number GLOBAL_BATCH "$GLOBAL_BATCH" 1
-    local gpus=$((NUM_GPUS * NNODES))
-    ((GLOBAL_BATCH % gpus == 0)) ||
-        die "a global batch of $GLOBAL_BATCH cannot be shared evenly by $gpus GPUs; choose NUM_GPUS x NNODES among its divisors"
-    local per_gpu=$((GLOBAL_BATCH / gpus))
+    whole_number GLOBAL_BATCH 1
+    local devices=$((NUM_GPUS * NNODES))
+    ((GLOBAL_BATCH % devices == 0)) ||
+        die "a global batch of $GLOBAL_BATCH cannot be shared evenly by $devices GPUs; choose NUM_GPUS x NNODES among its divisors"
+    local per_gpu=$((GLOBAL_BATCH / devices))
     if [[ -z ${BATCH:-} ]]; then
         BATCH=$((RECIPE_BATCH < per_gpu ? RECIPE_BATCH : per_gpu))
         while ((per_gpu % BATCH)); do BATCH=$((BATCH - 1)); done
     fi
-    whole_number BATCH "$BATCH" 1
-    ((per_gpu % BATCH == 0)) || die "BATCH is $BATCH, but $gpus GPUs take $per_gpu samples each; allowed: the divisors of $per_gpu"
+    whole_number BATCH 1
+    ((per_gpu % BATCH == 0)) || die "BATCH is $BATCH, but $devices GPUs take $per_gpu samples each; allowed: the divisors of $per_gpu"
     ACCUMULATION=$((per_gpu / BATCH))
+}
+
+# Say what a step sees, flags after the launcher's name included.
+say_batch() { # COMMAND...
+    local words=("$@") batch=0 accumulation=1 i value
+    for ((i = 0; i < $#; i++)); do
+        value=${words[i]#*=}
+        [[ ${words[i]} == *=* ]] || value=${words[i + 1]:-}
+        case ${words[i]%%=*} in
+            --per_device_train_batch_size) batch=$value ;;
+            --gradient_accumulation_steps) accumulation=$value ;;
+        esac
+    done
+    [[ $batch$accumulation =~ ^[0-9]+$ ]] || return 0 # the training refuses it
+    echo "global batch $((10#$batch * 10#$accumulation * NUM_GPUS * NNODES)): $batch per GPU x $accumulation accumulated x $((NUM_GPUS * NNODES)) GPUs" >&2
 }
 
 choose_zero() {
@@ -97,55 +162,82 @@ choose_mode() {
 # What comes before the module's own arguments. `python -m` finds the launchers of the interpreter that PYTHON names.
 choose_launcher() {
     local default=deepspeed
-    ((NNODES > 1)) && default=torchrun
+    # DeepSpeed's launcher reads indices only
+    ((NNODES == 1)) && [[ -z ${RDZV_ENDPOINT:-} && "${gpus[*]}" != *-* ]] || default=torchrun
     LAUNCHER=${LAUNCHER:-$default}
     case $LAUNCHER in
-        deepspeed)
-            ((NNODES == 1)) || die "several nodes are started with torchrun; leave LAUNCHER out or set LAUNCHER=torchrun"
-            LAUNCH=(-m deepspeed.launcher.runner)
-            # --num_gpus would count from GPU 0, whatever CUDA_VISIBLE_DEVICES says
-            if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-                LAUNCH+=(--include "localhost:$(cut -d, -f"1-$NUM_GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
-            else
-                LAUNCH+=(--num_gpus "$NUM_GPUS")
-            fi
-            [[ -z ${MASTER_PORT:-} ]] || LAUNCH+=(--master_port "$MASTER_PORT")
-            LAUNCH+=(--module)
-            ;;
-        torchrun)
-            LAUNCH=(-m torch.distributed.run --nproc_per_node "$NUM_GPUS")
-            if ((NNODES > 1)); then
-                [[ -n ${MASTER_ADDR:-} ]] || die "MASTER_ADDR is not set; give every node the address of node 0"
-                whole_number NODE_RANK "${NODE_RANK:-}" 0
-                ((NODE_RANK < NNODES)) || die "NODE_RANK is $NODE_RANK; allowed: 0 to $((NNODES - 1))"
-                LAUNCH+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
-                LAUNCH+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
-            elif [[ -n ${MASTER_PORT:-} ]]; then
-                LAUNCH+=(--master_port "$MASTER_PORT")
-            else
-                LAUNCH+=(--standalone) # any free port
-            fi
-            LAUNCH+=(-m)
-            ;;
+        deepspeed) choose_deepspeed ;;
+        torchrun) choose_torchrun ;;
         python)
             ((NUM_GPUS * NNODES == 1)) || die "LAUNCHER=python is one process; with more GPUs use deepspeed or torchrun"
             LAUNCH=(-m)
+            # one process that sees several GPUs would train on all of them, with a batch for each
+            ((${seen:-1} <= 1)) || gpus=("${gpus[0]:-0}")
             ;;
         *) die "LAUNCHER is '$LAUNCHER'; allowed: deepspeed, torchrun, python" ;;
     esac
     LAUNCH=("$PYTHON" "${LAUNCH[@]}")
-    [[ $FAMILY != bunny || -z ${BUNNY_ROOT:-} ]] || LAUNCH=(env "PYTHONPATH=$BUNNY_ROOT${PYTHONPATH:+:$PYTHONPATH}" "${LAUNCH[@]}")
+    local settings=()
+    local names
+    names=$(IFS=, && echo "${gpus[*]}")
+    [[ -z $names || $LAUNCHER == deepspeed || $names == "${CUDA_VISIBLE_DEVICES:-}" ]] || settings+=("CUDA_VISIBLE_DEVICES=$names")
+    [[ $FAMILY != bunny || -z ${BUNNY_ROOT:-} ]] || settings+=("PYTHONPATH=$BUNNY_ROOT${PYTHONPATH:+:$PYTHONPATH}")
+    ((${#settings[@]} == 0)) || LAUNCH=(env "${settings[@]}" "${LAUNCH[@]}")
+}
+
+choose_deepspeed() {
+    LAUNCH=(-m deepspeed.launcher.runner)
+    if [[ -n ${HOSTFILE:-} ]]; then
+        LAUNCH+=(--hostfile "$HOSTFILE")
+        [[ -z ${MASTER_ADDR:-} ]] || LAUNCH+=(--master_addr "$MASTER_ADDR")
+    else
+        ((NNODES == 1)) || die "several nodes are started with torchrun, or with a HOSTFILE; leave LAUNCHER out or set LAUNCHER=torchrun"
+        [[ "${gpus[*]}" != *-* ]] || die "LAUNCHER=deepspeed knows GPUs by index, and CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES'; set LAUNCHER=torchrun"
+        # it would read /job/hostfile where that exists
+        LAUNCH+=(--hostfile /dev/null)
+        # --num_gpus would count from GPU 0, whatever CUDA_VISIBLE_DEVICES says
+        if ((${#gpus[@]})); then
+            LAUNCH+=(--include "localhost:$(IFS=, && echo "${gpus[*]}")")
+        else
+            LAUNCH+=(--num_gpus "$NUM_GPUS")
+        fi
+    fi
+    [[ -z ${MASTER_PORT:-} ]] || LAUNCH+=(--master_port "$MASTER_PORT")
+    LAUNCH+=(--module)
+}
+
+choose_torchrun() {
+    LAUNCH=(-m torch.distributed.run --nproc_per_node "$NUM_GPUS")
+    if [[ -n ${RDZV_ENDPOINT:-} ]]; then
+        LAUNCH+=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-llava-region}")
+    elif ((NNODES > 1)); then
+        [[ -n ${MASTER_ADDR:-} ]] || die "MASTER_ADDR is not set; give every node the address of node 0"
+        whole_number NODE_RANK 0
+        ((NODE_RANK < NNODES)) || die "NODE_RANK is $NODE_RANK; allowed: 0 to $((NNODES - 1))"
+        LAUNCH+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+        LAUNCH+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+    elif [[ -n ${MASTER_PORT:-} ]]; then
+        LAUNCH+=(--master_port "$MASTER_PORT")
+    else
+        LAUNCH+=(--standalone) # any free port
+    fi
+    LAUNCH+=(-m)
 }
 
 launch() {
     check_layers "$TUNE_LAYERS"
+    choose_recipe
     choose_mode
     choose_output
+    read_pod
+    read_hostfile
+    choose_gpus
     choose_batch
     choose_zero
     choose_launcher
     local command=("${LAUNCH[@]}" llava_region.train "$TRAIN_SCRIPT" --tune_layers "$TUNE_LAYERS")
     command+=("${MODE_FLAGS[@]}" "${ZERO_FLAGS[@]}" --model_name_or_path "$MODEL" --version "$TEMPLATE" "${MODEL_FLAGS[@]}")
+    command+=(--group_by_modality_length "$GROUPED")
     command+=(--data_path "$DATA" --image_folder "$IMAGES" --image_aspect_ratio pad --lazy_preprocess True)
     command+=(--vision_tower "$VISION_TOWER" --mm_projector_type mlp2x_gelu)
     [[ -z $PROJECTOR ]] || command+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
@@ -155,8 +247,11 @@ launch() {
     command+=(--bf16 True --tf32 True --gradient_checkpointing True --dataloader_num_workers 4)
     # one checkpoint is kept, so that a lost node or a full queue costs at most SAVE_STEPS
     command+=(--evaluation_strategy no --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1)
-    command+=(--logging_steps 1 --report_to none "$@")
-    if [[ ${DRY_RUN:-0} == 1 ]]; then
+    command+=(--logging_steps 1)
+    [[ -z ${REPORT_TO:-} ]] || command+=(--report_to "$REPORT_TO")
+    command+=("$@")
+    say_batch "${command[@]}"
+    if [[ $DRY_RUN == 1 ]]; then
         print_command "${command[@]}"
         return
     fi

@@ -11,6 +11,7 @@ IMAGES=${IMAGES:-playground/data}
 TEMPLATE=v1
 RECIPE_BATCH=16
 MAX_LENGTH=2048
-MODEL_FLAGS=(--mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --group_by_modality_length True)
+GROUPED=True
+MODEL_FLAGS=(--mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 launch "$@"

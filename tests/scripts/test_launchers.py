@@ -175,9 +175,10 @@ def test_regions_have_their_own_default_folders():
 
 def test_launchers_of_one_node():
     head = dry_run("llava_7b", NUM_GPUS=4)
-    assert head[:7] == ["python", "-m", "deepspeed.launcher.runner", "--num_gpus", "4", "--module", "llava_region.train"]
+    assert head[:3] == ["python", "-m", "deepspeed.launcher.runner"]
+    assert head[3:9] == ["--hostfile", "/dev/null", "--num_gpus", "4", "--module", "llava_region.train"]  # not /job/hostfile
     chosen = dry_run("llava_7b", NUM_GPUS=2, CUDA_VISIBLE_DEVICES="2,5,7,8")
-    assert chosen[3:5] == ["--include", "localhost:2,5"]  # deepspeed ignores CUDA_VISIBLE_DEVICES beside --num_gpus
+    assert chosen[5:7] == ["--include", "localhost:2,5"]  # deepspeed ignores CUDA_VISIBLE_DEVICES beside --num_gpus
     head = dry_run("llava_7b", NUM_GPUS=4, LAUNCHER="torchrun")
     assert head[1:7] == ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", "-m"]
     assert flags_of(dry_run("llava_7b", CUDA_VISIBLE_DEVICES="0,3"))["--gradient_accumulation_steps"] == "4"
@@ -191,7 +192,7 @@ def test_bunny_checkout_goes_on_the_path():
 def test_slurm_starts_one_torchrun_a_node(tmp_path):
     """With stand-ins for Slurm's two programs: `srun` starts its command once a node."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'gpu07\\ngpu08\\n'\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nfor n in 0 1; do SLURM_NODEID=$n "$@"; done\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$2" >>"$0.cpus"\nshift 2\nfor n in 0 1; do SLURM_NODEID=$n "$@"; done\n')
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 4, "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": 1234}
@@ -209,6 +210,13 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path):
         }  # fmt: skip
         assert flags_of(words)["--save_steps"] == "9"
     assert run_script(sbatch, **slurm).returncode == 2
+    slurm.pop("SLURM_GPUS_ON_NODE")  # without GRES: each node counts
+    more = {"SLURM_CPUS_PER_TASK": 32, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "PATH": path}
+    done = run_script(sbatch, str(launcher), DRY_RUN=1, **{**slurm, **more})
+    assert done.returncode == 0 and done.stdout.count("--nproc_per_node 8 --nnodes 2") == 2, done.stderr
+    assert done.stderr.count("global batch 128: 8 per GPU x 1 accumulated x 16 GPUs") == 2
+    assert (tmp_path / "srun.cpus").read_text().split() == ["--cpu-bind=none", "--cpus-per-task=32"]
+    assert "#SBATCH --mem=0\n" in sbatch.read_text()
 
 
 def test_flags_are_llavas_own():
@@ -283,3 +291,22 @@ def test_help(script, flag):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: SETTING=VALUE ... {script} [FLAGS]\n")
     wanted = "TUNE_LAYERS=sparse:25%" if script.parent.name == "train" else "RESULTS=results/reproduce"
     assert wanted in done.stdout and "DRY_RUN=1" in done.stdout and "source" not in done.stdout.split()
+
+
+@pytest.mark.parametrize("model", RECIPES)
+@pytest.mark.parametrize("gpus", [1, 8, 32])
+def test_the_authors_recipe(model, gpus):
+    """8 samples a pass, not grouped, and the same global batch. Bunny's own recipe is theirs."""
+    flags = flags_of(dry_run(model, RECIPE="authors", NUM_GPUS=gpus))
+    batch, accumulation = int(flags["--per_device_train_batch_size"]), int(flags["--gradient_accumulation_steps"])
+    assert batch * accumulation * gpus == 128 and flags["--group_by_modality_length"] == "False"
+    if model.startswith("bunny"):
+        assert flags == flags_of(dry_run(model, NUM_GPUS=gpus))
+    else:
+        assert batch == min(8, 128 // gpus)
+    assert "RECIPE is 'author'; allowed: upstream, authors" in refusal(model, RECIPE="author")
+
+
+def test_reports_are_left_to_the_user():
+    assert "--report_to" not in flags_of(dry_run("llava_7b"))
+    assert flags_of(dry_run("llava_7b", REPORT_TO="wandb"))["--report_to"] == "wandb"

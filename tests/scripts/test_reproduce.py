@@ -164,6 +164,14 @@ def test_figure3_reports_what_was_trained():
     assert [word for word in commands[-1] if word.startswith("r/runs/")] == trained and len(trained) == 17
 
 
+def test_the_papers_cost_is_another_run():
+    """PAPER=1 switches off what this package saves of its own, and mixes nothing with other runs."""
+    flags = [flags_of(words) for words in of_kind(listed("figure3", PAPER=1, TRAIN_FLAGS="--max_steps 9"), "train")]
+    assert all(each["--region_checkpointing"] == "all" and each["--supervised_logits"] == "False" for each in flags)
+    assert all(each["--output_dir"].endswith("-paper") and each["--max_steps"] == "9" for each in flags) and len(flags) == 17
+    assert not any("--supervised_logits" in flags_of(words) for words in of_kind(listed("figure3"), "train"))
+
+
 def test_table4_asks_the_backbones_too():
     evals = of_kind(listed("table4"), "eval")
     assert [words[words.index("eval") + 1] for words in evals if "--base" not in words] == [
@@ -312,6 +320,28 @@ def test_training_can_be_submitted(fake, tmp_path):
     commands = fake("table2", SPECS="all", TRAIN_WITH=f"{submit}", TRAIN_FLAGS="--max_steps 5")
     assert commands[0][0] == "submitted" and commands[0][1].endswith("bunny_llama3_8b.sh") and commands[0][2:] == ["--max_steps", "5"]
     assert [kind(words) for words in commands[1:]] == ["train", "eval", "report"]
+
+
+def test_scoring_and_evaluation_can_be_submitted():
+    """Each on the GPUs of the machine where it runs: those of this one say nothing of it."""
+    commands = listed("table1", EVAL_WITH="srun -p gpu", SCORE_WITH="srun --mem 64G", CUDA_VISIBLE_DEVICES="0,1")
+    for name, submit in {"eval": ["srun", "-p", "gpu"], "score": ["srun", "--mem", "64G"]}.items():
+        for words in of_kind(commands, name):
+            assert words[: len(submit)] == submit and option(words, "--nproc_per_node") == ["gpu"]
+    assert of_kind(commands, "eval") and of_kind(commands, "score")
+    assert all("srun" not in words for name in ("train", "report", "data") for words in of_kind(commands, name))
+    for given, expected in {"4": ["4"], "1": []}.items():
+        words = of_kind(listed("table1", EVAL_WITH="srun", NUM_GPUS=given), "eval")[0]
+        assert words[0] == "srun" and option(words, "--nproc_per_node") == expected
+    here = listed("table1", CUDA_VISIBLE_DEVICES="0,1")
+    assert all(option(words, "--nproc_per_node") == ["2"] for words in of_kind(here, "eval"))
+
+
+def test_a_submitted_training_counts_its_own_gpus(fake, tmp_path):
+    submit = tmp_path / "submit"
+    submit.write_text('#!/bin/sh\necho "given ${NUM_GPUS-nothing}" >>"$FAKE_LOG"\nexec "$@"\n')
+    submit.chmod(0o755)
+    assert fake("table2", SPECS="all", TRAIN_WITH=f"{submit}", NUM_GPUS="")[0] == ["given", "nothing"]
 
 
 @pytest.fixture

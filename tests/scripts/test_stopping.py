@@ -73,7 +73,7 @@ class Run:
         printed, _ = self.process.communicate(timeout=30)
         _, left = psutil.wait_procs(started, timeout=10)
         assert not left
-        return self.process.returncode, printed.splitlines()
+        return self.process.returncode, [line for line in printed.splitlines() if not line.startswith("global batch 128: ")]
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -148,7 +148,7 @@ SLURM = {"SLURM_JOB_NUM_NODES": 1, "SLURM_GPUS_ON_NODE": 2, "SLURM_JOB_NODELIST"
 def slurm_job(folder: Path, **environment) -> Run:
     """A job of one node. `srun` is the task itself, whose number is kept; `scontrol` notes what it is asked."""
     (folder / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo gpu07 || echo "$@" >>{folder}/asked\n')
-    (folder / "srun").write_text(f'#!/bin/sh\nshift\necho $$ >{folder}/task\nSLURM_NODEID=0 exec "$@"\n')
+    (folder / "srun").write_text(f'#!/bin/sh\nshift 2\necho $$ >{folder}/task\nSLURM_NODEID=0 exec "$@"\n')
     for name in ("scontrol", "srun"):
         (folder / name).chmod(0o755)
     launcher = SCRIPTS / "train" / "llava_7b.sh"
