@@ -21,7 +21,8 @@
 #                                      Kubeflow PyTorchJob they come from the operator
 #   NNODES RDZV_ENDPOINT=HOST:PORT RDZV_ID=NAME   the same without ranks: torchrun's nodes find each other at HOST
 #   HOSTFILE=FILE                      several nodes from one of them, with DeepSpeed's launcher, over ssh
-#   TRAIN_SCRIPT                       path of an upstream train script, to take its attention implementation (train_mem.py)
+#   TRAIN_SCRIPT                       path of an upstream train script, to take its attention implementation; default: LLaVA's train_mem.py
+#                                      (flash attention) where PYTHON has flash_attn, else train.py
 #   BUNNY_ROOT                         a Bunny checkout, if Bunny is not installed
 #   PYTHON=python                      the interpreter that has everything installed
 #   DRY_RUN=1                          print the command, quoted for the shell, on one line, and stop
@@ -39,7 +40,21 @@ RECIPE=${RECIPE:-upstream}
 SAVE_STEPS=${SAVE_STEPS:-500}
 DRY_RUN=${DRY_RUN:-0}
 PYTHON=${PYTHON:-python}
-TRAIN_SCRIPT=${TRAIN_SCRIPT:-$FAMILY}
+
+# LLaVA's train_mem.py asks for flash attention. Where it lies is found without importing anything.
+choose_script() {
+    [[ -z ${TRAIN_SCRIPT:-} ]] || return 0
+    TRAIN_SCRIPT=$FAMILY
+    [[ $FAMILY == llava ]] || return 0
+    local find='import os
+from importlib.util import find_spec
+package = find_spec("llava") if find_spec("flash_attn") else None
+script = os.path.join(*package.submodule_search_locations[:1], "train", "train_mem.py") if package else ""
+print(script if os.path.isfile(script) else "")'
+    local found
+    found=$("$PYTHON" -c "$find" 2>/dev/null) || return 0
+    [[ -z $found ]] || { TRAIN_SCRIPT=$found && echo "flash attention is installed: $found" >&2; }
+}
 
 choose_recipe() {
     case $RECIPE in
@@ -235,6 +250,7 @@ launch() {
     choose_batch
     choose_zero
     choose_launcher
+    choose_script
     local command=("${LAUNCH[@]}" llava_region.train "$TRAIN_SCRIPT" --tune_layers "$TUNE_LAYERS")
     command+=("${MODE_FLAGS[@]}" "${ZERO_FLAGS[@]}" --model_name_or_path "$MODEL" --version "$TEMPLATE" "${MODEL_FLAGS[@]}")
     command+=(--group_by_modality_length "$GROUPED")

@@ -310,3 +310,19 @@ def test_the_authors_recipe(model, gpus):
 def test_reports_are_left_to_the_user():
     assert "--report_to" not in flags_of(dry_run("llava_7b"))
     assert flags_of(dry_run("llava_7b", REPORT_TO="wandb"))["--report_to"] == "wandb"
+
+
+def test_flash_attention_where_it_is_installed(tmp_path):
+    """Found without being imported: a flash_attn of another CUDA would fail."""
+    for name in ("llava/train/train_mem.py", "flash_attn/__init__.py", "llava/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("raise ImportError('imported')")
+    env = {"PYTHON": sys.executable, "PYTHONPATH": tmp_path}
+    done = run_script(SCRIPTS / "train" / "llava_7b.sh", DRY_RUN=1, **env)
+    script = str(tmp_path / "llava/train/train_mem.py")
+    assert script in shlex.split(done.stdout) and f"flash attention is installed: {script}" in done.stderr
+    assert "llava" in dry_run("llava_7b", TRAIN_SCRIPT="llava", **env) and script not in dry_run("llava_7b", TRAIN_SCRIPT="llava", **env)
+    assert "bunny" in dry_run("bunny_phi3_4b", **env)
+    (tmp_path / "flash_attn/__init__.py").unlink()
+    (tmp_path / "flash_attn").rmdir()
+    assert script not in dry_run("llava_7b", **env)
