@@ -66,6 +66,7 @@ class Bunny(LLaVAFamily):
     probe = "import bunny.train.train"
     train_module_name = "bunny.train.train"
     data_module_name = "bunny.util.data_utils"
+    default_projector = "mlp2x_gelu"
     trainer = "BunnyTrainer"
     model_fields = (
         "model_name_or_path", "model_type", "version", "vision_tower", "unfreeze_vision_tower", "use_s2", "tune_mm_mlp_adapter",

@@ -67,6 +67,7 @@ class LLaVA(LLaVAFamily):
     probe = "import llava.train.train; from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM"
     train_module_name = "llava.train.train"
     data_module_name = "llava.train.train"
+    default_projector = "linear"
     trainer = "LLaVATrainer"
     scripts = ("train.py", "train_mem.py", "train_xformers.py")
     model_fields = (

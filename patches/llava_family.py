@@ -12,12 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llava_region.checkpoints.model_source import width_in
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.miniature import shrunk, write_backbone, write_tower
+from llava_region.patches.projectors import projector_shapes
 from llava_region.patches.seams import import_upstream, require, require_fields
 from llava_region.patches.upstream import Lora, Recipe, Upstream
 from llava_region.patches.vocabulary import load_tokenizer
+from llava_region.run_files import CONFIG_FILE
 from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Values, check_values, words
 from llava_region.training.model_files import check_backbone, folder_of
 from llava_region.training.trainer_flags import computes_fp16_on_cpu, trains_on_cpu
@@ -69,6 +72,7 @@ class LLaVAFamily(Upstream):
     model_fields: ClassVar[tuple[str, ...]]
     values: ClassVar[Mapping[str, Values]] = {}
     train_parameters: ClassVar[tuple[str, ...]] = ()  # of train() itself
+    default_projector: ClassVar[str]  # of a config that names no type
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         return str(config.get("model_type") or "").startswith(self.name)
@@ -235,6 +239,21 @@ class LLaVAFamily(Upstream):
 
     def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         return self.train_module().get_peft_state_non_lora_maybe_zero_3(named_parameters)
+
+    def projector_tensors(self, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]] | None:
+        kind, width = config.get("mm_projector_type", self.default_projector), width_in(config)
+        features = config.get("mm_hidden_size")
+        if not isinstance(kind, str) or not isinstance(features, int) or not isinstance(width, int):
+            raise LlavaRegionError(
+                f"'mm_projector_type' ({kind}), 'mm_hidden_size' ({features}) and 'hidden_size' ({width}) in {CONFIG_FILE} do not say "
+                f"what the projector is, without which {self.title} cannot load the model; copy that file again from the run"
+            )
+        shapes = projector_shapes(kind, features, width)
+        if shapes is None:
+            return None
+        inner = "transformer" if config.get("model_type") == "llava_mpt" else "model"
+        newline = {f"{inner}.image_newline": (width,)} if "unpad" in str(config.get("mm_patch_merge_type")) else {}
+        return {**{f"{inner}.mm_projector.{name}": shape for name, shape in shapes.items()}, **newline}
 
     def image_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         ids = inputs.get("input_ids")

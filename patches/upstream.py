@@ -260,6 +260,15 @@ class Upstream(ABC):
     def trained_besides_lora(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
         """The trained weights that are not LoRA's, by name, gathered from all ranks. Collective under ZeRO-3."""
 
+    def projector_tensors(self, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]] | None:
+        """The tensors that a model with this `config.json` has between vision tower and decoder layers: name in the bare model ->
+        shape. None: not known, and nothing is expected.
+
+        Raises:
+            LlavaRegionError: the config lacks a width that they go by.
+        """
+        return None
+
     @abstractmethod
     def image_tokens(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         """Where a batch has a token that an image's features replace: (B, T) bool; None for a batch without token ids.

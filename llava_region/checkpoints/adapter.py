@@ -7,19 +7,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from llava_region.checkpoints.adapter_config import lora_config, scalings_of
+from llava_region.checkpoints.adapter_config import lora_config, scalings_of, targeted
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
-from llava_region.checkpoints.tensors import Checkpoint, Entry, bare_name, refuse_not_finite
+from llava_region.checkpoints.names import by_bare_name
+from llava_region.checkpoints.tensors import Checkpoint, Entry, refuse_not_finite
+from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE, ADAPTER_FILES
 
 # Rows of a weight that are updated together: keeps the fp32 copy small, and in memory that is used again.
 _ROWS = 256
+_LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,16 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Updates by module name, and tensors trained whole (biases, `modules_to_save`) by name, both as in the bare model."""
+    """Updates by module name, and tensors trained whole (biases, `modules_to_save`) by name, both as in the bare model.
+
+    Attributes:
+        file: where they are stored.
+    """
 
     config: dict
     updates: dict[str, LoraUpdate]
     tensors: dict[str, Entry]
+    file: Path
 
 
 def adapter_file(folder: Path) -> Path | None:
@@ -95,25 +104,69 @@ def read_adapter(run: ModelLike) -> Adapter:
     """Read `adapter_config.json` and the adapter's weights of a LoRA run; no tensor is loaded.
 
     Raises:
-        LlavaRegionError: no LoRA adapter, a damaged one, or one of a kind that cannot be merged exactly.
+        LlavaRegionError: no LoRA adapter, a damaged one, one of a kind that cannot be merged exactly, or one of other layers than
+            the run's region.
     """
     source = ModelSource.of(run)
     config, stored = lora_config(source), open_adapter(source.path)
     halves: dict[str, dict[str, Entry]] = {}
     tensors = {}
-    for name, entry in stored.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", bare_name(name))
+    nested = [name for name in stored if ".base_layer.lora_" in name]
+    if nested:
+        raise LlavaRegionError(
+            f"'{nested[0]}' in {stored.path} is an adapter inside another: training started from a LoRA run; merge that run with "
+            "'llava-region merge', and train from the result"
+        )
+    for name, entry in by_bare_name(stored, stored.path).items():
+        match = _LORA_NAME.fullmatch(name)
         if match:
             halves.setdefault(match[1], {})[match[2]] = entry
         elif "lora_" in name:
             raise LlavaRegionError(f"'{name}' in {stored.path} is of a kind that is not merged here; allowed: LoRA on linear modules")
         else:
-            tensors[bare_name(name)] = entry
+            tensors[name] = entry
     if not halves:
         raise LlavaRegionError(f"{stored.path} holds no LoRA weight, so there is nothing to merge; was the run saved to the end?")
     scalings = scalings_of(halves, source)
     updates = {module: _update(module, pair, scalings[module], config, stored.path) for module, pair in halves.items()}
-    return Adapter(config, updates, tensors)
+    _check_layers(updates, source, stored.path)
+    return Adapter(config, updates, tensors, stored.path)
+
+
+def _check_layers(modules: Iterable[str], run: ModelSource, file: Path) -> None:
+    """Refuse an adapter of other decoder layers than those that the run tuned."""
+    if run.region is None:
+        return
+    found, region = {layer for name in modules if (layer := layer_index(name)) is not None}, set(run.region["layers"])
+    if found != region:
+        what, layers = ("lacks", region - found) if region - found else ("holds", found - region)
+        raise LlavaRegionError(
+            f"{file} {what} decoder layers {sorted(layers)}, and the region of the run is {sorted(region)}; copy both from the same run"
+        )
+
+
+def check_complete(adapter: Adapter, run: ModelSource, trained: Collection[str], base: Mapping[str, Entry]) -> None:
+    """Refuse an adapter that lacks what its `adapter_config.json` says was trained: PEFT would leave it as it was initialised.
+
+    Args:
+        trained: names of what was trained whole, see `trained_whole`.
+        base: the tensors of the model that the run was trained on.
+
+    Raises:
+        LlavaRegionError: names the first module that is not there.
+    """
+    # what has two dimensions in a decoder layer is linear
+    linear = [name.removesuffix(".weight") for name, entry in base.items() if name.endswith(".weight") and len(entry.shape) == 2]
+    wanted = targeted([module for module in linear if layer_index(module) is not None], adapter.config, run)
+    whole = adapter.config.get("modules_to_save") or []
+    whole = [whole] if isinstance(whole, str) else whole
+    wanted_whole = [name for name in base if any(f".{name}".rpartition(".")[0].endswith(f".{module}") for module in whole)]
+    lacking = [module for module in wanted if module not in adapter.updates] + [name for name in wanted_whole if name not in trained]
+    if lacking:
+        raise LlavaRegionError(
+            f"{adapter.file} holds nothing for '{lacking[0]}' ({len(lacking)} such modules), which {ADAPTER_CONFIG_FILE} says was trained; "
+            "the file is incomplete: copy it again, or save the adapter again"
+        )
 
 
 def trained_besides(run: ModelSource) -> dict[str, Entry]:
@@ -123,10 +176,10 @@ def trained_besides(run: ModelSource) -> dict[str, Entry]:
     `ModelSource.besides_file` tells.
 
     Raises:
-        LlavaRegionError: the file is damaged.
+        LlavaRegionError: the file is damaged, or holds one tensor of the model twice.
     """
     file = run.besides_file
-    return {bare_name(name): entry for name, entry in Checkpoint(file).items()} if file else {}
+    return by_bare_name(Checkpoint(file), file) if file else {}
 
 
 def trained_whole(run: ModelSource, adapter: Adapter) -> dict[str, Entry]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llava_region.checkpoints.model_source import ModelSource
-from llava_region.checkpoints.pattern_keys import RULES, BadPattern, Matches, matches
+from llava_region.checkpoints.pattern_keys import RULES, WHOLE, BadPattern, Matches, matches
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import ADAPTER_CONFIG_FILE
 
@@ -172,6 +172,37 @@ def scalings_of(modules: Collection[str], source: ModelSource) -> dict[str, tupl
     values = {module: _agreed(module, config, ranks, alphas, found) for module in modules}
     root = bool(config.get("use_rslora"))
     return {module: (rank, alpha / (math.sqrt(rank) if root else rank)) for module, (rank, alpha) in values.items()}
+
+
+def targeted(modules: Collection[str], config: Mapping[str, Any], source: ModelSource) -> list[str]:
+    """Those of the base's linear modules that `target_modules` and the fields beside it name, by PEFT's rule; none where layers are
+    named by number, which PEFT's versions count in different ways.
+
+    Args:
+        config: as `lora_config` returns it.
+
+    Raises:
+        LlavaRegionError: an expression cannot be matched.
+    """
+    names = config.get("target_modules")
+    if names is None or config.get("layers_to_transform") is not None:
+        return []
+    chosen = _named(names, modules, source, "target_modules")
+    excluded = _named(config.get("exclude_modules") or [], modules, source, "exclude_modules")
+    return [module for module in chosen if module not in excluded]
+
+
+def _named(names: str | list[str], modules: Collection[str], source: ModelSource, field: str) -> list[str]:
+    if not isinstance(names, str):
+        ends = tuple(f".{name}" for name in names)
+        return [module for module in modules if f".{module}".endswith(ends)]
+    try:
+        found = matches([names], modules, (WHOLE,))
+    except BadPattern as e:
+        raise LlavaRegionError(
+            f"'{field}' in {source.path / ADAPTER_CONFIG_FILE} cannot be matched: {e}; use a list of names of modules"
+        ) from e
+    return [module for module in modules if (WHOLE, names, module) in found]
 
 
 def _agreed(module: str, config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float], found: Matches) -> _Values:

@@ -291,17 +291,6 @@ def _has_range(dtype: torch.dtype) -> bool:
     return True
 
 
-def bare_name(name: str) -> str:
-    """Name of a tensor in the model itself, without what PEFT and DDP put around it.
-
-    >>> bare_name("module.base_model.model.decoder.3.up_proj.base_layer.weight")
-    'decoder.3.up_proj.weight'
-    """
-    for wrapper in ("module.", "base_model.model."):
-        name = name.removeprefix(wrapper)
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-
-
 def name_in_backbone(name: str, backbone: Mapping[str, Any]) -> str | None:
     """The name under which a LLM backbone holds a LLaVA or Bunny tensor, or None.
 

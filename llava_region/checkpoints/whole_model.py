@@ -14,8 +14,10 @@ import torch
 from llava_region import upstreams
 from llava_region.checkpoints.model_card import write_card
 from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, WIDTH_KEYS, ModelLike, ModelSource, num_layers_in
+from llava_region.checkpoints.names import by_bare_name
+from llava_region.checkpoints.projector import check_projector_tensors
 from llava_region.checkpoints.tensors import Computed, Entry, write_checkpoint
-from llava_region.decoder import declared, layer_index
+from llava_region.decoder import declared, is_projector, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.files import follow_links, read_json, refuse_existing, write_json
 from llava_region.run_files import (
@@ -70,7 +72,7 @@ def read_model(model: ModelLike) -> ModelFolder:
 
     Raises:
         LlavaRegionError: a vision tower, not a checkpoint, or a damaged one; `config.json` counts other decoder layers than the
-            tensors are for.
+            tensors are for, or names another projector.
     """
     source = ModelSource.of(model)
     path, config, count = source.path, source.config, source.num_layers
@@ -82,7 +84,12 @@ def read_model(model: ModelLike) -> ModelFolder:
         raise LlavaRegionError(
             f"{model} is in transformers' own LLaVA format ('text_config'); give a checkpoint of upstream {upstreams.titles()}"
         )
-    tensors = dict(source.checkpoint)
+    tensors = by_bare_name(source.checkpoint, source)
+    lora = next((name for name in tensors if ".lora_" in name), None)
+    if lora:
+        raise LlavaRegionError(f"{model} was saved with its adapter unmerged: it holds '{lora}'; save it as a LoRA run, and merge that")
+    if any(map(is_projector, tensors)):
+        check_projector_tensors(tensors, config, str(model))
     # a backbone saved without its head lacks the first part of each name
     roots = ("", *dict.fromkeys(f"{layers.partition('.')[0]}." for layers in declared().layers))
     found = next((layers for root in roots if (layers := {layer_index(f"{root}{name}") for name in tensors} - {None})), set())

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from llava_region.checkpoints.adapter import open_adapter, trained_besides
-from llava_region.checkpoints.adapter_config import lora_config, scalings_of
-from llava_region.checkpoints.tensors import bare_name, refuse_not_finite
+from llava_region.checkpoints.adapter import open_adapter, read_adapter, trained_besides
+from llava_region.checkpoints.adapter_config import lora_config
+from llava_region.checkpoints.names import unwrapped
+from llava_region.checkpoints.tensors import refuse_not_finite
 from llava_region.decoder import is_projector, is_vision, layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.run_files import CONFIG_FILE
@@ -62,7 +63,7 @@ def load_multimodal(side: ModelSide, source: ModelSource, base: ModelSource | No
     """
     weights = base or source
     if source.kind == "adapter":
-        _check_adapter(source)
+        read_adapter(source)  # refuses, before weights load, what PEFT would misread
     model, tokenizer, info = side.build(weights.path, source.settings, **options)
     extra = {name: entry.load() for name, entry in trained_besides(source).items()} if base else {}
     _refuse_incomplete(model, info, weights, extra)
@@ -102,36 +103,38 @@ def _refuse_incomplete(model: Any, info: Mapping[str, Any], source: ModelSource,
         raise LlavaRegionError(f"{source} has tensors beyond the layers of its {CONFIG_FILE}, such as {surplus[0]}; fix num_hidden_layers")
 
 
-def _check_adapter(run: ModelSource) -> None:
-    """Refuse settings of an adapter that PEFT would misread, before weights load."""
-    lora_config(run)
-    names = [bare_name(name) for name in open_adapter(run.path)]
-    scalings_of(dict.fromkeys(name.partition(".lora_")[0] for name in names if ".lora_" in name), run)
-
-
 def _merge_adapter(model: Any, run: ModelSource) -> Any:
     """The model with the adapter of a run merged in by PEFT.
 
     Raises:
         LlavaRegionError: adapter and model do not match tensor for tensor, which PEFT would ignore.
     """
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    stored = {name for name in open_adapter(run.path) if "lora_" in name}
     # fields of a newer PEFT, which change no weight, are errors to an older one; so are newer initialisations, which are overwritten
     known = {field.name for field in fields(LoraConfig)}
     settings = {key: value for key, value in lora_config(run).items() if key in known and value is not None}
     config = LoraConfig(**{**settings, "init_lora_weights": True, "inference_mode": True})
-    model = PeftModel.from_pretrained(model, run.path, config=config)
+    model = get_peft_model(model, config)
+    stored = {_peft_name(name): entry for name, entry in open_adapter(run.path).items()}
     wanted = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
-    if stored != wanted:
-        odd = sorted(stored ^ wanted)
+    odd = sorted({name for name in stored if "lora_" in name} ^ wanted)
+    if odd:
         raise LlavaRegionError(f"the adapter in {run} does not fit its base: {odd[0]} ({len(odd)} tensors) is on one side only")
+    result = set_peft_model_state_dict(model, {name: entry.load() for name, entry in stored.items()})
+    unused = [name for name in result.unexpected_keys if not is_vision(name)]  # the frozen tower's, next to biases; it is not loaded yet
+    if unused:
+        raise LlavaRegionError(f"the adapter in {run} does not fit its base: no place for {unused[0]} ({len(unused)} tensors)")
     dtype = model.dtype
     model = model.merge_and_unload()
     for parameter in model.parameters():  # some of PEFT's versions merge in fp32; buffers (rotary frequencies) keep theirs
         parameter.data = parameter.data.to(dtype)
-    for name in {name.partition(".lora_")[0] for name in map(bare_name, stored)}:
+    for module in read_adapter(run).updates:
         hint = f"the adapter is not finite, or the sum is beyond {dtype}; give a checkpoint from before that, or load it in a wider type"
-        refuse_not_finite(model.get_parameter(f"{name}.weight"), name, f"of {run}, merged,", hint)
+        refuse_not_finite(model.get_parameter(f"{module}.weight"), module, f"of {run}, merged,", hint)
     return model
+
+
+def _peft_name(name: str) -> str:
+    """The name of an adapter's tensor as PEFT itself stores it, whatever was wrapped around the model."""
+    return f"base_model.model.{unwrapped(name).replace('.default.', '.')}"

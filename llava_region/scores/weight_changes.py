@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from llava_region.checkpoints.adapter import LoraUpdate, read_adapter, trained_whole
+from llava_region.checkpoints.adapter import LoraUpdate, check_complete, read_adapter, trained_whole
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
 from llava_region.checkpoints.tensors import Entry, Stored, name_in_backbone
 from llava_region.decoder import layer_index
@@ -96,7 +96,7 @@ def _pairs(model: ModelSource, base: ModelSource) -> list[_Pair]:
     backbone = base.checkpoint
     wanted = {name: layer for name in backbone if (layer := layer_index(name)) is not None and not name.endswith("inv_freq")}
     if model.kind == "adapter":
-        tuned, updates = _lora_run(model)
+        tuned, updates = _lora_run(model, backbone)
     else:
         tuned, updates = _decoder_tensors(model.checkpoint), {}
         missing = sorted(wanted.keys() - _known(tuned, wanted, model, base).keys())
@@ -109,11 +109,13 @@ def _pairs(model: ModelSource, base: ModelSource) -> list[_Pair]:
     return pairs
 
 
-def _lora_run(run: ModelSource) -> tuple[dict[str, Entry], dict[str, LoraUpdate]]:
+def _lora_run(run: ModelSource, base: Mapping[str, Entry]) -> tuple[dict[str, Entry], dict[str, LoraUpdate]]:
     """Decoder tensors that a run trained whole, without LoRA, and its LoRA updates, by name of the weight."""
     adapter = read_adapter(run)
+    trained = trained_whole(run, adapter)
+    check_complete(adapter, run, trained, base)
     updates = {f"{module}.weight": update for module, update in adapter.updates.items()}
-    return _decoder_tensors(trained_whole(run, adapter)), updates
+    return _decoder_tensors(trained), updates
 
 
 def _decoder_tensors(tensors: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from llava_region import upstreams
-from llava_region.checkpoints.adapter import Adapter, LoraUpdate, read_adapter, trained_whole
+from llava_region.checkpoints.adapter import Adapter, LoraUpdate, check_complete, read_adapter, trained_whole
 from llava_region.checkpoints.identity import merge_record
 from llava_region.checkpoints.model_source import ModelLike, ModelSource
+from llava_region.checkpoints.projector import check_projector_tensors, has_none
 from llava_region.checkpoints.tensors import Computed, Entry, refuse_not_finite
 from llava_region.checkpoints.whole_model import (
     ModelFolder,
@@ -110,11 +111,14 @@ def merged_model(run: ModelLike, base: ModelLike | None = None) -> tuple[ModelFo
             f"{run} holds no {NON_LORA_FILE} (the trained projector; upstream writes it only when a run ends); "
             "give a checkpoint that has it"
         )
-    tensors = _with_trained(model.tensors, trained_whole(run, adapter), run, base)
+    trained = trained_whole(run, adapter)
+    tensors = _with_trained(model.tensors, trained, run, base)
     tensors = _with_updates(tensors, adapter, base)
+    check_complete(adapter, run, trained, model.tensors)
     _check_vocabulary(tensors, config, run, base)
-    if not any(map(is_projector, tensors)):
+    if not any(map(is_projector, tensors)) and not has_none(config):
         raise LlavaRegionError(f"neither {run} nor {base} holds a projector, so the merged model could not see; give the whole run")
+    check_projector_tensors(tensors, config, str(run))
     if region is not None:
         region = {**region, "merged_from": {"run": str(run), "base": str(base)}}
     merged = replace(model, config=_merged_config(config, tensors), tensors=tensors, region=region, side_files=_side_files(run, model))

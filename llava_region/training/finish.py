@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from llava_region.checkpoints.adapter import adapter_file
+from llava_region.checkpoints.adapter import adapter_file, trained_besides
 from llava_region.checkpoints.model_card import write_card
+from llava_region.checkpoints.model_source import ModelSource
+from llava_region.checkpoints.names import bare_name
 from llava_region.checkpoints.tensors import Checkpoint
 from llava_region.decoder import layer_index
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
+from llava_region.run_files import NON_LORA_FILE
 from llava_region.training.cost import write_cost
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from llava_region.training.run import RegionRun
 
 
@@ -35,7 +40,11 @@ def finish(run: RegionRun) -> None:
     if not trainer.args.should_save:
         return
     folder = Path(trainer.args.output_dir)
-    check_full(folder, region) if run.mode == "full" else check_adapter(folder, region, run.lora_modules)
+    if run.mode == "full":
+        check_full(folder, region)
+    else:
+        check_adapter(folder, region, run.lora_modules)
+        check_besides(folder, trainer.model)
     run.write_record(folder)
     totals["layers"], totals["num_layers"] = list(region.layers), region.num_layers
     totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -83,6 +92,30 @@ def check_adapter(folder: str | Path, region: Region, modules: Iterable[str]) ->
             "was the learning rate 0 in every step, as in a run no longer than its warm-up?"
         )
     return len(tensors)
+
+
+def check_besides(folder: str | Path, model: nn.Module) -> None:
+    """Re-read what a finished LoRA run trained besides its adapter: every tensor, and nothing else, in its own shape.
+
+    Args:
+        model: as it was trained.
+
+    Raises:
+        LlavaRegionError: names the tensor that is missing, unknown or of another shape.
+    """
+    wanted = {
+        bare_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 a rank holds a part
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    found = {name: entry.shape for name, entry in trained_besides(ModelSource(Path(folder))).items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        shapes = f"there it is {found.get(wrong[0], 'missing')}, trained was {wanted.get(wrong[0], 'none of that name')}"
+        raise LlavaRegionError(
+            f"{NON_LORA_FILE} in {folder} does not hold '{wrong[0]}' as it was trained ({len(wrong)} such tensors; {shapes}): "
+            "the run was not saved whole; see the checkpoints"
+        )
 
 
 def check_full(folder: str | Path, region: Region) -> None:

@@ -123,6 +123,9 @@ def load_non_lora(model: nn.Module, checkpoint: str | Path) -> None:
     wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
     if wrong:
         raise LlavaRegionError(f"{path} does not fit the model: {wrong[0]} is unknown or of another shape; give another --output_dir")
+    lacking = [name for name, parameter in own.items() if parameter.requires_grad and "lora_" not in name and name not in state]
+    if lacking:
+        raise LlavaRegionError(f"{path} lacks {lacking[0]}, which the run trains; remove {checkpoint} to resume from the one before")
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)

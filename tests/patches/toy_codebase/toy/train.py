@@ -113,3 +113,6 @@ def train():
     trainer = ToyTrainer(model=model, args=args, train_dataset=Records(data_args.talk))
     trainer.train(resume_from_checkpoint=bool(list(Path(args.output_dir).glob("checkpoint-*"))))
     trainer.save_model(args.output_dir)
+    if args.rank:
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+        torch.save(trained, Path(args.output_dir) / "non_lora_trainables.bin")
