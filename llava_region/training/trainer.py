@@ -68,6 +68,10 @@ class RegionTrainerMixin(Trainer):
             checkpoint = check_resumable(args.output_dir, region, self.run.mode != "full", bool(args.deepspeed))
             check_asked(args.resume_from_checkpoint, checkpoint, args.output_dir)
         self._correct_deepspeed(model, args)
+        if args.ddp_find_unused_parameters is None and args.gradient_checkpointing and not self.run.upstream.recipe(args).trains_tower:
+            # transformers has DDP look for parameters that a step leaves out, under PEFT; what is recomputed is then counted twice. Here
+            # a step leaves none out, unless a tower trains whose last layer is not used.
+            args.ddp_find_unused_parameters = False
         super().__init__(model=model, args=args, **kwargs)
         self.run.trainer = self
         self.first_step = FirstStep(self, region)
