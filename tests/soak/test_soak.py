@@ -114,9 +114,16 @@ def crash(reference: Reference, name: str, kinds: list[str], rng: random.Random,
     return struck
 
 
+# what torchrun prints of itself: that a process of its own failed, and how a signal ended it
+OF_TORCHRUN = re.compile(
+    r"E\d{4} \S+ .*\] failed \(exitcode[\s\S]*?ChildFailedError"
+    r"|Traceback \(most recent call last\):\n(?: .*\n)+torch\.distributed\.elastic\.\S+\.SignalException: .*"
+)
+
+
 def has_traceback(printed: str) -> bool:
-    """Leaves out what torchrun itself prints where a process of its own failed: a traceback of torchrun's."""
-    return "Traceback" in re.sub(r"E\d{4} \S+ .*\] failed \(exitcode[\s\S]*?ChildFailedError", "", printed)
+    """Leaves out torchrun's own."""
+    return "Traceback" in OF_TORCHRUN.sub("", printed)
 
 
 def strike(kind: str, command: list[str], work: Path, moment: float, kilobytes: int) -> bool:
@@ -125,7 +132,8 @@ def strike(kind: str, command: list[str], work: Path, moment: float, kilobytes: 
         return blows.killed(command, moment).hit
     if kind == "stopped":
         ended = blows.stopped(command, moment)
-        assert ended.code in STOPPED and not has_traceback(ended.printed), (ended.code, ended.printed[-4000:])
+        stopped = ended.code in STOPPED or "SignalException" in ended.printed  # torchrun ends with 1 then
+        assert stopped and not has_traceback(ended.printed), (ended.code, ended.printed[-4000:])
         return ended.hit
     if kind == "full":
         ended = blows.out_of_space(command, work, kilobytes)
