@@ -111,13 +111,14 @@ def hooked(upstream: Upstream, run: RegionRun) -> Iterator[None]:
     """Bind a run's hooks in the upstream's module with train(); at the end, check and complete what it saved.
 
     At most four names are rebound there: train() looks them up in its own module's globals. Left alone: the model, the
-    data, the loss, PEFT and transformers; and the module that defines the trainer, whose `super(ItsTrainer, self)` would
-    call itself endlessly if a subclass were bound under that name.
+    data, the loss, PEFT and, but for a backbone in 4 or 8 bits, transformers; and the module that defines the trainer, whose
+    `super(ItsTrainer, self)` would call itself endlessly if a subclass were bound under that name.
 
     Raises:
         UnsupportedUpstream: the installed upstream lacks a symbol.
         LlavaRegionError: on leaving, if what was saved is not the region's.
     """
+    from llava_region.patches.quantised import quantised_loading
     from llava_region.training.arguments import extend_arguments
     from llava_region.training.finish import finish
     from llava_region.training.trainer import region_trainer
@@ -130,6 +131,6 @@ def hooked(upstream: Upstream, run: RegionRun) -> Iterator[None]:
     }
     if upstream.save is not None:
         names[upstream.save] = run.saving_without_cuda(getattr(module, upstream.save))
-    with rebound(module, **names):
+    with quantised_loading(), rebound(module, **names):
         yield
         finish(run)

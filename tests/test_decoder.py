@@ -115,30 +115,6 @@ def test_llavas_model_families(family):
     assert len(names) == (4 if family == "mpt" else 7) and {layer_index(name) for name in names} == {1}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_lora_on_four_bit_layers_of_a_real_model():
-    """QLoRA on a GPU: bitsandbytes' own quantised model, PEFT on the region alone, one backward pass."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=4, vocab_size=64)
-    model = LlamaForCausalLM(config)
-    for name in linear_modules(model, range(4)):
-        parent, leaf = name.rsplit(".", 1)
-        old = model.get_submodule(name)
-        new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16)
-        new.load_state_dict(old.state_dict())
-        setattr(model.get_submodule(parent), leaf, new)
-    model = prepare_model_for_kbit_training(model.cuda(), use_gradient_checkpointing=False)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=linear_modules(model, [1, 3]), task_type="CAUSAL_LM"))
-    ids = torch.randint(0, 64, (2, 8), device="cuda")
-    model(input_ids=ids, labels=ids).loss.backward()
-    trained = {layer_index(name) for name, p in model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
-    assert trained == {1, 3}
-
-
 def test_parent_is_the_module_that_holds_the_layers():
     model = nn.Module()
     model.model = nn.Module()

@@ -1,7 +1,6 @@
 """LoRA on a region of upstream LLaVA under DDP, without DeepSpeed, on two CPU ranks."""
 
 import pytest
-import torch
 
 pytest.importorskip("llava.train.train")
 
@@ -20,4 +19,4 @@ def test_every_policy_trains_the_same(tiny, tmp_path):
         tensors = adapter(tmp_path / policy)
         assert layers_of(tensors) == {1, 6} and all((tensor != 0).any() for tensor in tensors.values())
         assert same(tensors, adapter(tmp_path / "all"))
-        assert all(torch.equal(a, b) for a, b in zip(projector(tmp_path / policy).values(), projector(tmp_path / "all").values(), strict=True))
+        assert same(projector(tmp_path / policy), projector(tmp_path / "all"))
