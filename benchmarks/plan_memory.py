@@ -52,7 +52,8 @@ def planned(model: Any, region: Region, shape: Shape, policy: str, limit: str | 
         model.zero_grad(set_to_none=True)
     peak = measured - gradients
     return {
-        "policy": policy, "limit": limit, "recomputed": len(plan.recompute), "planned_bytes": plan.bytes_kept, "budget_bytes": plan.budget,
+        "policy": policy, "limit": limit, "recomputed": len(plan.recompute), "lean": plan.lean,
+        "planned_bytes": plan.bytes_kept, "budget_bytes": plan.budget,
         "measured_bytes": peak, "gradient_bytes": gradients, "measured_to_planned": peak / plan.bytes_kept,
     }  # fmt: skip
 
@@ -70,6 +71,7 @@ def random_lengths(model: Any, region: Region, shape: Shape, steps: int, limit: 
             mode.step(random_batch(dataclasses.replace(shape, length=lengths[-1]), 0.25, device))
     except torch.OutOfMemoryError as e:
         found["out_of_memory"] = str(e).splitlines()[0]
+    found |= {"batches_by_layers_recomputed": dict(mode.plan.batches.counts), "budget_bytes": mode.plan.budget}
     found |= {"lengths": lengths, "seconds": time.perf_counter() - start}
     if device.type == "cuda":
         statistics = torch.cuda.memory_stats(device)
@@ -80,7 +82,7 @@ def random_lengths(model: Any, region: Region, shape: Shape, steps: int, limit: 
     return found
 
 
-def run(shape_name: str, *, region: str, limits: list[str], steps: int, length: int | None) -> dict[str, Any]:
+def run(shape_name: str, *, region: str, policies: list[str], limits: list[str], steps: int, length: int | None) -> dict[str, Any]:
     """Run the comparison.
 
     Returns:
@@ -97,7 +99,7 @@ def run(shape_name: str, *, region: str, limits: list[str], steps: int, length: 
     check_memory(shape_name, chosen, (), device, dtype)
     torch.manual_seed(0)
     model = build(shape, chosen, (), device, dtype)["region"]
-    asked = [*((policy, None) for policy in POLICIES), *(("auto", limit) for limit in limits)]
+    asked = [*((policy, None) for policy in policies), *(("auto", limit) for limit in limits)]
     plans = [planned(model, chosen, shape, policy, limit, device) for policy, limit in asked]
     return {
         "shape": shape_name, "samples": shape.samples, "length": shape.length, "layers": shape.layers, "region": list(chosen.layers),
@@ -125,13 +127,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="backbone and batch (default: cpu)")
     parser.add_argument("--region", default="sparse:25%", help="layer spec (default: sparse:25%%)")
+    parser.add_argument("--policies", nargs="*", choices=POLICIES, default=POLICIES, help="to measure besides auto (default: all three)")
     parser.add_argument("--limits", nargs="*", default=[], help="values of --region_memory to plan under, such as 20GB")
     parser.add_argument("--steps", type=int, default=0, help="steps of random length under auto (default: 0)")
     parser.add_argument("--length", type=int, help="tokens of every sequence of the planned batch (default: the shape's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     try:
-        result = run(args.shape, region=args.region, limits=args.limits, steps=args.steps, length=args.length)
+        result = run(args.shape, region=args.region, policies=args.policies, limits=args.limits, steps=args.steps, length=args.length)
     except LlavaRegionError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """Time and memory of one training step: upstream's, the paper's region, and this package's, side by side in one process.
 
     python benchmarks/train_step.py --shape cpu --plot step.png
+    python benchmarks/train_step.py --shape cpu --lengths mix665k
 
 Random weights, nothing is downloaded. Every mode trains the same Llama on the same batch with LoRA of rank hidden/32 (alpha
 twice that, dropout 0.05) on all linear modules, or all parameters, of its layers:
@@ -11,6 +12,10 @@ twice that, dropout 0.05) on all linear modules, or all parameters, of its layer
     none      the same, nothing recomputed
     auto      the same, as few layers recomputed as memory asks for: what `--tune_layers` does by default
     full      every parameter of the region's layers trained, without LoRA, as few recomputed as memory asks for
+
+With `--lengths mix665k`, batches have the lengths of LLaVA's data in LLaVA's own groups (`lengths.py`), so that the largest batch, for
+which memory is planned, seldom comes. The limit on memory is such that the largest batch asks for as much recomputation as on a GPU
+with 80 GB at LLaVA's recipe. There, `largest` stands for `auto`: every batch is run as the largest has to be.
 
 A shape whose weights, optimizer states and logits are more than the memory that is free is refused before any of it is allocated.
 
@@ -28,11 +33,15 @@ import statistics
 import sys
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lengths import mix665k
 
 from llava_region import plotting
 from llava_region.data.labels import IGNORE_INDEX
@@ -41,16 +50,19 @@ from llava_region.errors import LlavaRegionError
 from llava_region.progress import deepspeed_on_stderr, track
 from llava_region.region import Region
 from llava_region.training import recompute, supervised_loss
-from llava_region.training.kept_memory import free_memory, saved_peak
-from llava_region.training.recompute_plan import Plan, Workload
+from llava_region.training.kept_memory import activations_of, free_memory, saved_peak
+from llava_region.training.recompute_plan import Plan, Workload, make_plan
 from llava_region.training.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 MODES = ("upstream", "paper", "region", "none", "auto", "full")
-OURS = ("region", "none", "auto", "full")
-POLICY = {"upstream": "all", "paper": "all", "region": "region", "none": "none", "auto": "auto", "full": "auto"}
+MODES_AT_REAL_LENGTHS = ("upstream", "paper", "largest", "auto")
+OURS = ("region", "none", "largest", "auto", "full")
+POLICY = {"upstream": "all", "paper": "all", "region": "region", "none": "none", "largest": "auto", "auto": "auto", "full": "auto"}
+# Of what the largest batch would keep without recomputation, what a GPU of 80 GB has left for it: 60 of 188 GB (7B, 16 x 2048 tokens).
+LIMIT = 60 / 188
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ SHAPES = {
     "tiny": Shape(64, 176, 8, 4, 2, 512, 2, 64),
     "cpu": Shape(512, 1376, 16, 8, 8, 4000, 2, 512),
     "llava-7b": Shape(4096, 11008, 32, 32, 32, 32000, 8, 1024),
+    "llava-7b-recipe": Shape(4096, 11008, 32, 32, 32, 32000, 16, 2048),
     "llava-13b": Shape(5120, 13824, 40, 40, 40, 32000, 8, 1024),
     "bunny-8b": Shape(4096, 14336, 32, 32, 8, 128256, 8, 1024),
 }
@@ -172,6 +185,9 @@ class Mode:
             supervised_loss.uninstall(self.model)
         elif self.plan is None:
             self.plan = recompute.set_up(self.model, self.region.layers, self.workload, POLICY[self.name], self.region_memory)
+            if self.name == "largest":
+                self.plan = as_the_largest(self.model, self.region, self.workload, self.plan)
+                recompute.install(self.model, self.plan)
             supervised_loss.install(self.model)
         else:
             recompute.install(self.model, self.plan)
@@ -186,6 +202,26 @@ class Mode:
     @property
     def recompute(self) -> tuple[int, ...]:
         return self.plan.recompute if self.plan else tuple(range(self.region.num_layers))
+
+
+def as_the_largest(model: Any, region: Region, workload: Workload, plan: Plan) -> Plan:
+    """The plan without what `auto` does for each batch, and with whole layers kept: what 0.1.0 did."""
+    activations = replace(activations_of(model, workload), lean=None)
+    return replace(make_plan("auto", region.layers, activations, plan.budget, "as for auto"), lean=False, batches=None)
+
+
+def real_batches(shape: Shape, lengths: int, supervised: float, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Batches of LLaVA's lengths, scaled so that the longest is the shape's; positions behind a sequence's end have no label."""
+    batches = []
+    for batch in mix665k(lengths, longest=shape.length):
+        batch = batch[: shape.samples]
+        made = random_batch(replace(shape, samples=len(batch), length=max(batch)), 1.0, device)
+        for row, length in enumerate(batch):
+            made["attention_mask"][row, length:] = 0
+            made["labels"][row, : round(length * (1 - supervised))] = IGNORE_INDEX
+            made["labels"][row, length:] = IGNORE_INDEX
+        batches.append(made)
+    return batches
 
 
 def random_batch(shape: Shape, supervised: float, device: torch.device) -> dict[str, torch.Tensor]:
@@ -220,9 +256,19 @@ def measure_seconds(mode: Mode, batch: dict, device: torch.device) -> float:
 
 
 def run(
-    shape_name: str, *, region: str, repeats: int, supervised: float, region_memory: str | None, modes: tuple[str, ...] = MODES
+    shape_name: str,
+    *,
+    region: str,
+    repeats: int,
+    supervised: float,
+    region_memory: str | None,
+    modes: tuple[str, ...] = MODES,
+    lengths: int = 0,
 ) -> dict:
     """Run the comparison.
+
+    Args:
+        lengths: how many batches of LLaVA's lengths to train in turn; 0: one whose sequences are all as long as the shape says.
 
     Returns:
         `{"shape", "device", ..., "modes": {name: {"seconds", "peak_bytes", "ratio", "tokens_per_second", "recomputed", ...}}}`,
@@ -238,17 +284,22 @@ def run(
     check_memory(shape_name, chosen, modes, device, dtype)
     torch.manual_seed(0)
     models = build(shape, chosen, modes, device, dtype)
+    if lengths and region_memory is None:
+        region_memory = f"{round(LIMIT * kept_at_most(models['region'], chosen, shape))}B"
     columns = [Mode(name, models[{"upstream": "all", "full": "full"}.get(name, "region")], chosen, shape, region_memory) for name in modes]
-    batch = random_batch(shape, supervised, device)
+    batches = real_batches(shape, lengths, supervised, device) if lengths else [random_batch(shape, supervised, device)]
     for mode in track(columns, "peak memory"):
         mode.prepare()
-        mode.step(batch)  # allocator, optimizer states
-        mode.peak = measure_peak(mode, batch, device)
-        mode.optimizer.zero_grad(set_to_none=True)
+        mode.step(batches[0])  # allocator, optimizer states
+        for batch in batches:
+            mode.peak = max(mode.peak, measure_peak(mode, batch, device))
+            mode.optimizer.zero_grad(set_to_none=True)
+        if mode.plan and mode.plan.batches:
+            mode.plan.batches.counts.clear()
     for _ in track(range(repeats), "steps"):
         for mode in columns:
             mode.prepare()
-            mode.seconds.append(measure_seconds(mode, batch, device))
+            mode.seconds.append(sum(measure_seconds(mode, batch, device) for batch in batches))
     return {
         "shape": shape_name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -260,32 +311,51 @@ def run(
         "repeats": repeats,
         "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
         **asdict(shape),
-        "modes": {mode.name: summary(mode, columns[0], shape) for mode in columns},
+        "lengths": [batch["input_ids"].shape[1] for batch in batches],
+        "modes": {mode.name: summary(mode, columns[0], sum(batch["input_ids"].numel() for batch in batches)) for mode in columns},
     }
 
 
-def summary(mode: Mode, upstream: Mode, shape: Shape) -> dict:
+def kept_at_most(model: Any, region: Region, shape: Shape) -> int:
+    """Bytes that the largest batch keeps where nothing is recomputed."""
+    return make_plan("none", region.layers, activations_of(model, Workload(shape.samples, shape.length))).bytes_kept
+
+
+def summary(mode: Mode, upstream: Mode, tokens: int) -> dict:
     """A mode's figures; `ratio` is to upstream's."""
     seconds = statistics.median(mode.seconds)
     return {
         "seconds": seconds,
         "ratio": statistics.median(a / b for a, b in zip(mode.seconds, upstream.seconds, strict=True)),
         "peak_bytes": mode.peak,
-        "tokens_per_second": shape.samples * shape.length / seconds,
+        "tokens_per_second": tokens / seconds,
         "recomputed": list(mode.recompute),
+        "batches_by_layers_recomputed": dict(sorted(mode.plan.batches.counts.items())) if mode.plan and mode.plan.batches else None,
         "trainable_parameters": sum(p.numel() for p in mode.model.parameters() if p.requires_grad),
     }
 
 
 def show(result: dict) -> None:
     """Print the comparison as a table."""
-    batch = f"{result['samples']} x {result['length']} tokens, {result['supervised']:.0%} supervised"
+    lengths = sorted(result["lengths"])
+    long = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else lengths[0]
+    batch = f"{len(lengths)} x {result['samples']} x {long} tokens, {result['supervised']:.0%} supervised"
     layers = ",".join(map(str, result["region"]))
     print(f"{result['shape']} on {result['device']}, {result['dtype']}, region {layers}, {batch}, median of {result['repeats']} steps")
     print(f"{'mode':<9} {'s/step':>9} {'ratio':>6} {'tokens/s':>9} {'peak':>9}  layers recomputed")
     for name, mode in result["modes"].items():
         print(f"{name:<9} {mode['seconds']:>9.3f} {mode['ratio']:>6.2f} {mode['tokens_per_second']:>9.0f} "
-              f"{format_size(mode['peak_bytes']):>9}  {len(mode['recomputed'])} of {result['layers']}")  # fmt: skip
+              f"{format_size(mode['peak_bytes']):>9}  {recomputed(mode, result['layers'])}")  # fmt: skip
+    if result["region_memory_bytes"]:
+        print(f"limit on memory: {format_size(result['region_memory_bytes'])}")
+
+
+def recomputed(mode: dict[str, Any], layers: int) -> str:
+    """How many layers a mode recomputes, in words."""
+    counts = mode["batches_by_layers_recomputed"]
+    if counts is None or len(counts) < 2:
+        return f"{next(iter(counts)) if counts else len(mode['recomputed'])} of {layers}"
+    return f"{', '.join(f'{count} in {batches}' for count, batches in counts.items())} batches"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -319,6 +389,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=9, help="steps per mode (default: 9)")
     parser.add_argument("--supervised", type=float, default=0.25, help="share of positions with a label (default: 0.25)")
     parser.add_argument("--region_memory", help="most memory activations may take under auto, such as 2GB (default: what is free)")
+    parser.add_argument("--lengths", choices=["mix665k"], help="batches of LLaVA's lengths (default: all as long as the shape says)")
+    parser.add_argument("--batches", type=int, default=10, help="how many of them (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", type=Path, help="write a figure to this file (.png, .pdf or .svg)")
     args = parser.parse_args(argv)
@@ -328,7 +400,10 @@ def main(argv: list[str] | None = None) -> int:
             raise LlavaRegionError("--repeats must be 1 or more, and --supervised above 0 and at most 1")
         if args.plot:
             plotting.check_format(args.plot)
-        result = run(args.shape, region=args.region, repeats=args.repeats, supervised=args.supervised, region_memory=args.region_memory)
+        options = {"region": args.region, "repeats": args.repeats, "supervised": args.supervised, "region_memory": args.region_memory}
+        if args.lengths:
+            options |= {"modes": MODES_AT_REAL_LENGTHS, "lengths": args.batches}
+        result = run(args.shape, **options)
     except LlavaRegionError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

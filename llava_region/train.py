@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from llava_region import processes, upstreams
 from llava_region.errors import LlavaRegionError
@@ -189,6 +194,7 @@ def train_region(request: Request) -> None:
             dry_run.show(checked, found, rehearsed)
         return
     upstream.check_script(request.script)
+    let_segments_grow(os.environ)
     if checked.args.region_memory:
         dry_run.check_region_memory(upstream, checked)
     for name, text in checked.remarks:
@@ -196,6 +202,14 @@ def train_region(request: Request) -> None:
     with together.started(upstream, checked) as start:
         checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
         launch(upstream, request.script, checked, start)
+
+
+def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Have torch's allocator on GPUs extend its segments, unless the user has set it up: batches differ in length, and where memory is
+    filled up to the plan, what they leave free is else in pieces that are too small for the next."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is the name from torch 2.10 on
+    if not any(name in environment for name in names):
+        environment[names[Version(version("torch")) >= Version("2.10")]] = "expandable_segments:True"
 
 
 def launch(upstream: Upstream, script: str, checked: Preflight, start: Start) -> None:

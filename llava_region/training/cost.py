@@ -32,7 +32,9 @@ class CostMeter(TrainerCallback):
             "tokens": 0.0,
             "seconds_per_step": None,
             "peak_memory_bytes": 0,
+            "batches_by_layers_recomputed": {},
         }
+        self.recomputed: list[int] = []  # batches of this rank in which 0, 1, 2... layers were recomputed, where that varies
         self.step_seconds: list[float] = []
         self.samples = 0
         self.tokens: torch.Tensor | None = None
@@ -90,6 +92,7 @@ class CostMeter(TrainerCallback):
         now = (time.perf_counter() - self.started) / 3600 if self.started else 0.0
         hours = self.before["hours"] + now
         samples, tokens = samples + self.before["samples"], tokens + self.before["tokens"]
+        recomputed = self._recomputed(reduce_sum, device) if self.recomputed else self.before["batches_by_layers_recomputed"]
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         steady = self.step_seconds[1:] or self.step_seconds
         seconds = max(hours * 3600, 1e-9)
@@ -106,8 +109,17 @@ class CostMeter(TrainerCallback):
             "peak_memory_bytes": max(peak_memory(), self.before["peak_memory_bytes"]),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
+            **({"batches_by_layers_recomputed": recomputed} if recomputed else {}),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
+
+    def _recomputed(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, int]:
+        """Micro batches of all ranks by the number of layers that were recomputed."""
+        batches = dict(self.before["batches_by_layers_recomputed"])
+        for layers, count in enumerate(reduce_sum(torch.tensor(self.recomputed, device=device)).tolist()):
+            if count:
+                batches[str(layers)] = batches.get(str(layers), 0) + count
+        return {str(layers): batches[str(layers)] for layers in sorted(map(int, batches))}
 
 
 def peak_memory() -> int:

@@ -50,6 +50,9 @@ def finish(run: RegionRun) -> None:
     totals["trainable_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     write_card(folder, cost=totals)
     write_cost(folder, totals)
+    batches = totals.get("batches_by_layers_recomputed")
+    if batches:
+        print(f"layers recomputed: {', '.join(f'{layers} in {count:,}' for layers, count in batches.items())} batches")
     print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_region.region import Region
+    from llava_region.training.recompute_plan import Plan
     from llava_region.training.trainer import RegionTrainerMixin
 
 
@@ -31,6 +32,7 @@ class FirstStep:
         self.trainer, self.region = trainer, region
         self.audit: GradientAudit | None = None
         self.passed = False
+        self.plan: Plan | None = None
 
     def before(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Before a micro step. Collective in the first one.
@@ -74,8 +76,8 @@ class FirstStep:
             flags = args.region_checkpointing, args.region_memory
             # measuring draws random numbers: dropout must go on as if it had not
             with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-                plan = recompute.set_up(model, self.region.layers, workload, *flags, trainer.accelerator.autocast)
-            said.append(plan.reason)
+                self.plan = recompute.set_up(model, self.region.layers, workload, *flags, trainer.accelerator.autocast)
+            said.append(self.plan.reason)
         if args.supervised_logits:
             kept = supervised_loss.install(model, trainer.run.upstream.intercept_labels)
             said.append(f"logits at every position: {kept}" if kept else "logits at supervised positions only")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from llava_region import processes
 from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, width_in
 from llava_region.decoder import declared, find_decoder_layers, layer_index, linear_modules, parent_of, part_of
 from llava_region.errors import UnsupportedUpstream
+from llava_region.training.lean_layers import LeanLayers
 from llava_region.training.recompute_plan import Activations, Workload
 from llava_region.training.supervised_loss import causal_of, logits_at_once
 
@@ -68,7 +69,7 @@ class KeptBytes:
         return cls(constant, linear / samples, squared / samples)
 
 
-def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcontext) -> dict[int, KeptBytes]:
+def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcontext, lean: bool = False) -> dict[int, KeptBytes]:
     """Run the given decoder layers on a few random tokens and count what autograd keeps.
 
     The layers run inside their own model's forward, so that masks, position ids and ALiBi biases are the model's, in
@@ -79,6 +80,7 @@ def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcont
         model: bare, or under PEFT, DDP or DeepSpeed; not partitioned by ZeRO-3 (see `sample_model`).
         layers: indices of the decoder layers.
         context: makes the context that training runs in (autocast).
+        lean: whether norms and gates are computed again (`lean_layers`).
 
     Raises:
         UnsupportedUpstream: the model checkpoints its layers by itself, not through `_gradient_checkpointing_func`.
@@ -86,20 +88,25 @@ def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcont
     parent, modules = parent_of(model), find_decoder_layers(model).modules
     index = {id(module): i for i, module in enumerate(modules)}
     sizes: dict[int, list[int]] = {i: [] for i in layers}
+    wrapped = LeanLayers(modules[i] for i in sizes)
 
     def probe(function: Any, hidden: torch.Tensor, *arguments: Any) -> Any:
         layer = index[id(function.__self__)]
         if layer not in sizes:
             return (hidden,)
-        output, kept = _kept_by(function, hidden.detach().requires_grad_(), arguments)
+        with wrapped.active(lean):
+            output, kept = _kept_by(function, hidden.detach().requires_grad_(), arguments)
         sizes[layer].append(kept)
         return output
 
     devices = [p.device for p in parent.parameters() if p.device.type == "cuda"][:1]
-    with _layers_run_by(parent, probe), torch.random.fork_rng(devices), torch.enable_grad():
-        for length in LENGTHS:
-            with context():
-                parent(**_random_inputs(parent, length), use_cache=False)
+    try:
+        with _layers_run_by(parent, probe), torch.random.fork_rng(devices), torch.enable_grad():
+            for length in LENGTHS:
+                with context():
+                    parent(**_random_inputs(parent, length), use_cache=False)
+    finally:
+        wrapped.remove()
     if not all(len(found) == len(LENGTHS) for found in sizes.values()):
         raise UnsupportedUpstream(
             f"{type(parent).__module__}.{type(parent).__name__} calls torch.utils.checkpoint itself, so its layers can't be measured"
@@ -255,7 +262,12 @@ class _Unmultiplied(TorchDispatchMode):
 
 
 def activations_of(model: nn.Module, workload: Workload, context: Context = nullcontext) -> Activations:
-    """Measure what a model's tuned and frozen decoder layers keep for the largest batch.
+    """What a model's decoder layers keep for the largest batch, measured; see `activations_by_size`."""
+    return activations_by_size(model, workload, context)(workload.samples, workload.length)
+
+
+def activations_by_size(model: nn.Module, workload: Workload, context: Context = nullcontext) -> Callable[[int, int], Activations]:
+    """Measure what a model's tuned and frozen decoder layers keep; the result tells it for so many samples of so many tokens.
 
     Layers that can't be run by themselves are measured on a sample of the same shape: those of a model on the meta device
     (the dry run's; the attention kernel is then this machine's), and those that ZeRO-3 spreads over the ranks.
@@ -270,29 +282,48 @@ def activations_of(model: nn.Module, workload: Workload, context: Context = null
     parent: Any = parent_of(model)
     weight = parent.get_input_embeddings().weight
     dtype = getattr(torch, workload.dtype) if weight.is_meta else weight.dtype
-    if weight.is_meta or hasattr(weight, "ds_id"):
-        device = weight.device if not weight.is_meta else "cuda" if torch.cuda.is_available() else "cpu"
-        # the CPU of torch 2.1 knows little of float16; bfloat16 keeps as many bytes
-        stored = torch.bfloat16 if str(device) == "cpu" and dtype == torch.float16 else dtype
-        sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=stored, device=device)
-        with _Unmultiplied():
-            kept = dict(zip((False, True), measure(sample, (0, 1), context).values(), strict=True))
-    else:
-        measured = measure(model, examples.values(), context)
-        kept = {kind: measured[layer] for kind, layer in examples.items()}
-    sizes = {kind: found.at(workload.samples, workload.length) for kind, found in kept.items()}
-    costs = {kind: _cost(modules[layer]) for kind, layer in examples.items()}
-    tokens, width, itemsize = workload.tokens, _width(parent.config), dtype.itemsize
-    logits = logits_at_once(model, tokens, workload.supervised_logits and workload.dtype != "float16")
-    return Activations(
-        kept=tuple(sizes[kind] for kind in tuned),
-        costs=tuple(costs[kind] for kind in tuned),
-        layer_input=tokens * width * itemsize,
-        first=lowest_differentiated(model),
-        mask=tokens * workload.length * itemsize,
-        # the final norm works in fp32; of the selected positions there are hidden states and gradients
-        head=tokens * width * (8 + 3 * itemsize) + logits * LOGIT_BYTES,
-    )
+    kept = _measured_kinds(model, examples, dtype, context, lean=False)
+    # in fp32 less than a fifth is saved, for as much time as recomputing so many layers takes
+    lean = None if dtype == torch.float32 else _measured_kinds(model, examples, dtype, context, lean=True)
+    costs = tuple(_cost(modules[examples[kind]]) for kind in tuned)
+    width, itemsize, first = _width(parent.config), dtype.itemsize, lowest_differentiated(model)
+    supervised = workload.supervised_logits and workload.dtype != "float16"
+
+    def all_layers(measured: dict[bool, KeptBytes], samples: int, length: int) -> tuple[int, ...]:
+        sizes = {kind: found.at(samples, length) for kind, found in measured.items()}
+        return tuple(sizes[kind] for kind in tuned)
+
+    def at(samples: int, length: int) -> Activations:
+        tokens = samples * length
+        return Activations(
+            kept=all_layers(kept, samples, length),
+            costs=costs,
+            layer_input=tokens * width * itemsize,
+            first=first,
+            mask=tokens * length * itemsize,
+            # the final norm works in fp32; of the selected positions there are hidden states and gradients
+            head=tokens * width * (8 + 3 * itemsize) + logits_at_once(model, tokens, supervised) * LOGIT_BYTES,
+            lean=None if lean is None else all_layers(lean, samples, length),
+        )
+
+    return at
+
+
+def _measured_kinds(
+    model: nn.Module, examples: Mapping[bool, int], dtype: torch.dtype, context: Context, lean: bool
+) -> dict[bool, KeptBytes]:
+    """What a tuned (True) and a frozen (False) layer keeps, of those that there are."""
+    parent: Any = parent_of(model)
+    weight = parent.get_input_embeddings().weight
+    if not weight.is_meta and not hasattr(weight, "ds_id"):
+        measured = measure(model, examples.values(), context, lean)
+        return {kind: measured[layer] for kind, layer in examples.items()}
+    device = weight.device if not weight.is_meta else "cuda" if torch.cuda.is_available() else "cpu"
+    # the CPU of torch 2.1 knows little of float16; bfloat16 keeps as many bytes
+    stored = torch.bfloat16 if str(device) == "cpu" and dtype == torch.float16 else dtype
+    sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=stored, device=device)
+    with _Unmultiplied():
+        return dict(zip((False, True), measure(sample, (0, 1), context, lean).values(), strict=True))
 
 
 def _cost(layer: nn.Module) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 
 from llava_region.decoder import find_decoder_layers, parent_of
 from llava_region.errors import UnsupportedUpstream
-from llava_region.training.kept_memory import activations_of, automatic_budget
-from llava_region.training.recompute_plan import BY_HAND, Plan, Workload, make_plan
+from llava_region.training.kept_memory import activations_by_size, automatic_budget
+from llava_region.training.lean_layers import LeanLayers
+from llava_region.training.recompute_plan import BY_HAND, BatchPlans, Choice, Levels, Plan, Workload, make_plan
 from llava_region.training.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def set_up(
         raise UnsupportedUpstream(f"--region_checkpointing {policy} is not possible here: {forced}; allowed: all")
     if forced:
         return Plan(tuple(range(len(find_decoder_layers(model).modules))), "all", f"every layer is recomputed: {forced}", 0, None)
-    activations = activations_of(model, workload, context)
+    at = activations_by_size(model, workload, context)
+    activations = at(workload.samples, workload.length)
     budget, origin = None, None
     if policy == "auto" and memory:
         budget, origin = parse_size(memory), BY_HAND
@@ -55,8 +58,22 @@ def set_up(
         device = next(parent_of(model).parameters()).device
         budget, origin = automatic_budget(model, activations, device), f"what fits on {device}"
     plan = make_plan(policy, region, activations, budget, origin)
+    if budget is not None:
+        # ranks of ZeRO-3 gather a layer's weights together, once more where it is recomputed
+        partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
+        agree = _highest_of_ranks(next(parent_of(model).parameters()).device) if partitioned else None
+        plan = replace(plan, batches=BatchPlans(at, Levels.of(activations), budget, agree))
     install(model, plan)
     return plan
+
+
+def _highest_of_ranks(device: torch.device) -> Callable[[int], int]:
+    def agree(level: int) -> int:
+        highest = torch.tensor(level, device=device)
+        torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+        return int(highest)
+
+    return agree
 
 
 def why_all(model: nn.Module) -> str | None:
@@ -70,7 +87,7 @@ def why_all(model: nn.Module) -> str | None:
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Have the model recompute the layers of `plan.recompute` and run the others directly; replaces an earlier plan.
+    """Have the model recompute the layers that the plan says and run the others directly; replaces an earlier plan.
 
     The seam is `_gradient_checkpointing_func` of the module that runs the decoder layers: transformers 4.36 to 4.41, and
     modelling files written like its own, call it with `layer.__call__` and the layer's arguments. The vision tower has its own.
@@ -85,8 +102,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     parent: Any = parent_of(model)
     if not parent.gradient_checkpointing or not hasattr(parent, SEAM):
         raise UnsupportedUpstream(f"{type(parent).__name__} has gradient checkpointing switched off; give --gradient_checkpointing True")
-    index = {id(module): i for i, module in enumerate(find_decoder_layers(model).modules)}
-    setattr(parent, SEAM, _checkpoint_some(getattr(parent, SEAM), index, plan))
+    setattr(parent, SEAM, _checkpoint_some(getattr(parent, SEAM), find_decoder_layers(model).modules, plan))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -95,26 +111,33 @@ def uninstall(model: nn.Module) -> None:
     function: Any = vars(parent).get(SEAM)
     if hasattr(function, "upstream"):
         setattr(parent, SEAM, function.upstream)
+        function.lean.remove()
 
 
-def _checkpoint_some(upstream: Callable[..., Any], index: dict[int, int], plan: Plan) -> Callable[..., Any]:
-    recompute = frozenset(plan.recompute)
+def _checkpoint_some(upstream: Callable[..., Any], layers: Sequence[nn.Module], plan: Plan) -> Callable[..., Any]:
+    index = {id(module): i for i, module in enumerate(layers)}
+    lean = LeanLayers(layers if plan.lean or plan.batches is not None else ())
+    choice = Choice(frozenset(plan.recompute), plan.lean)
     reentrant = getattr(upstream, "keywords", {}).get("use_reentrant") is not False
 
     def checkpoint(function: Any, hidden: torch.Tensor, *arguments: Any) -> Any:
+        nonlocal choice
         layer = index[id(function.__self__)]
+        if layer == 0 and plan.batches is not None:
+            choice = plan.batches.choose(*hidden.shape[:2])
         if layer < plan.first:
             with torch.no_grad():
                 return function(hidden, *arguments)
-        if layer not in recompute:
-            return function(hidden, *arguments)
+        if layer not in choice.recompute:
+            with lean.active(choice.lean):
+                return function(hidden, *arguments)
         if reentrant and not hidden.requires_grad:
             # reentrant checkpointing of an input without gradient would train nothing in this layer
             hidden = hidden.detach().requires_grad_()
         return upstream(function, hidden, *arguments)
 
     seam: Any = checkpoint
-    seam.upstream = upstream  # for uninstall
+    seam.upstream, seam.lean = upstream, lean  # for uninstall
     return seam
 
 

@@ -132,6 +132,9 @@ class RegionTrainerMixin(Trainer):
 
     def cost_totals(self) -> dict[str, Any]:
         """What the run has cost so far, over all ranks. Collective: every rank has to call it."""
+        plan = self.first_step.plan
+        if plan is not None and plan.batches is not None:
+            self.meter.recomputed = [plan.batches.counts[layers] for layers in range(len(plan.batches.levels.order) + 1)]
         return self.meter.totals(self.args, self.state, lambda t: self.over_ranks(t, "sum"))
 
     def _save_checkpoint(self, model: Any, trial: Any, metrics: dict[str, float] | None = None) -> None:

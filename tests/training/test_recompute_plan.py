@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_region.errors import LlavaRegionError
-from llava_region.training.recompute_plan import POLICIES, Activations, Workload, check_flags, make_plan
+from llava_region.training.recompute_plan import POLICIES, Activations, BatchPlans, Choice, Levels, Workload, check_flags, make_plan
 
 
 def test_choosing_needs_no_torch():
@@ -91,3 +91,38 @@ def test_a_limit_by_hand_that_cannot_be_met_is_refused():
 def test_workload_of_flags(bf16, fp16, dtype):
     args = SimpleNamespace(per_device_train_batch_size=3, bf16=bf16, fp16=fp16, supervised_logits=False)
     assert Workload.of(args, 20) == Workload(3, 20, dtype, False) and Workload.of(args, 20).tokens == 60
+
+
+def activations(samples: int, length: int, lean: bool = True) -> Activations:
+    """Six layers that keep 10 bytes a token, 6 of them where they are lean."""
+    tokens = samples * length
+    return Activations((10 * tokens,) * 6, (1.0,) * 6, tokens, lean=(6 * tokens,) * 6 if lean else None)
+
+
+def test_levels_give_up_a_little_more_each():
+    levels = Levels.of(activations(1, 1))
+    assert levels.choice(0) == Choice(frozenset()) and levels.choice(1) == Choice(frozenset(), True)
+    assert levels.choice(7) == Choice(frozenset(range(6)), True)
+    peaks = [activations(1, 1).peak(levels.choice(n).recompute, levels.choice(n).lean) for n in range(8)]
+    for peak in peaks:
+        assert levels.least(activations(1, 1), peak) == next(n for n in range(8) if peaks[n] <= peak)
+    assert levels.least(activations(1, 1), 0) == peaks.index(min(peaks)) == 6  # the last layer is not lean where it is run again
+    without = Levels.of(activations(1, 1, lean=False))
+    assert without.choice(1) == Choice(frozenset({0})) and without.least(activations(1, 1, lean=False), 17) == 5
+
+
+def test_every_batch_by_its_size():
+    plans = BatchPlans(activations, Levels.of(activations(1, 1)), budget=1000)
+    assert plans.choose(1, 10) == Choice(frozenset()) and plans.choose(1, 20) == Choice(frozenset(), True)
+    assert plans.choose(2, 15) == plans.choose(1, 30) and 0 < len(plans.choose(1, 30).recompute) < 6
+    assert sum(plans.counts.values()) == 5 and plans.counts[0] == 2
+
+
+def test_ranks_that_agree_change_the_order_seldom():
+    """What another rank needs is done here too; a little more than is needed is better than another order of ZeRO-3's gathers."""
+    others = iter([5, 4, 5, 6, 0, 0])
+    layers = 16
+    plans = BatchPlans(
+        lambda *_: Activations((10,) * layers, (1.0,) * layers, 1), Levels(tuple(range(layers))), 10**6, lambda ours: next(others)
+    )
+    assert [len(plans.choose(1, 1).recompute) for _ in range(6)] == [5, 5, 5, 6, 0, 0]
