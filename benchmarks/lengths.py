@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
+import sys
 
 SAMPLES, GPUS, LONGEST = 16, 8, 2048  # LLaVA's recipe, and where it cuts
 IMAGE = 576  # tokens that an image becomes
@@ -39,3 +41,15 @@ def _text(draw: random.Random) -> int:
 
 def _whole(text: int) -> int:
     return min(IMAGE + text if text > 0 else -text, LONGEST)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=10, help="how many batches to print, one a line (default: 10)")
+    for batch in mix665k(parser.parse_args(argv).batches):
+        print(*batch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

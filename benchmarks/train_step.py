@@ -15,7 +15,7 @@ twice that, dropout 0.05) on all linear modules, or all parameters, of its layer
 
 With `--lengths mix665k`, batches have the lengths of LLaVA's data in LLaVA's own groups (`lengths.py`), so that the largest batch, for
 which memory is planned, seldom comes. The limit on memory is such that the largest batch asks for as much recomputation as on a GPU
-with 80 GB at LLaVA's recipe. There, `largest` stands for `auto`: every batch is run as the largest has to be.
+with 80 GB at LLaVA's recipe. The mode `largest` is then shown too: every batch is run as the largest has to be.
 
 A shape whose weights, optimizer states and logits are more than the memory that is free is refused before any of it is allocated.
 

@@ -38,7 +38,8 @@ def quantised_loading() -> Iterator[None]:
 
 def _give_peft_its_field() -> None:
     """PEFT before 0.14 hands a field of bitsandbytes' 8-bit layers on to its own, which ignore it; bitsandbytes dropped the field."""
-    from bitsandbytes.autograd._functions import MatmulLtState
+    from bitsandbytes.autograd import _functions
 
-    if not hasattr(MatmulLtState, "memory_efficient_backward"):
-        MatmulLtState.memory_efficient_backward = False
+    state: Any = _functions.MatmulLtState
+    if not hasattr(state, "memory_efficient_backward"):
+        state.memory_efficient_backward = False

@@ -108,5 +108,5 @@ class _Gate:
     def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if function in (torch.Tensor.mul, torch.Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs and isinstance(args[1], cls):
             return args[1].__rmul__(args[0])
-        args, kwargs = tree_map(lambda arg: arg._value() if isinstance(arg, cls) else arg, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        given: Any = tree_map(lambda arg: arg._value() if isinstance(arg, cls) else arg, (args, kwargs or {}))
+        return function(*given[0], **given[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def uninstall(model: nn.Module) -> None:
         function.lean.remove()
 
 
-def _checkpoint_some(upstream: Callable[..., Any], layers: Sequence[nn.Module], plan: Plan) -> Callable[..., Any]:
+def _checkpoint_some(upstream: Callable[..., Any], layers: nn.ModuleList, plan: Plan) -> Callable[..., Any]:
     index = {id(module): i for i, module in enumerate(layers)}
     lean = LeanLayers(layers if plan.lean or plan.batches is not None else ())
     choice = Choice(frozenset(plan.recompute), plan.lean)
