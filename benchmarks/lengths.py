@@ -45,7 +45,7 @@ def _whole(text: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=10, help="how many batches to print, one a line (default: 10)")
+    parser.add_argument("--batches", type=int, default=10, help="how many batches to print (default: 10)")
     for batch in mix665k(parser.parse_args(argv).batches):
         print(*batch)
     return 0
