@@ -98,7 +98,8 @@ def write_run(folder: Path, config: dict, base: Path) -> None:
     folder.mkdir()
     count = config["num_hidden_layers"]
     region = {"layers": sparse_layers(max(1, count // 4), count), "num_layers": count, "spec": "sparse:25%"}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava_llama", "visual_region": region}))
+    vision = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024}
+    (folder / "config.json").write_text(json.dumps({**config, **vision, "visual_region": region}))
     (folder / "region.json").write_text(json.dumps({**region, "base_model": str(base), "upstream": "llava", "mode": "lora"}))
     adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none", "base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(adapter))

@@ -250,9 +250,10 @@ def make_plan(policy: str, region: Collection[int], activations: Activations, bu
                 f"largest batch take {format_size(peak)}; raise it, lower --per_device_train_batch_size, or have samples cut shorter"
             )
         reason += f" of {format_size(max(budget, 0))} ({origin})" + (", which may not be enough" if peak > budget else "")
-        reason += "; of smaller batches, as few layers as each needs" if recompute else ""
     if first:
         reason += f"; layers below {first} run without autograd"
+    if policy == "auto" and recompute:
+        reason += "; of smaller batches, as few layers are recomputed as each needs"
     return Plan(recompute, policy, reason, peak, budget, first, choice.lean)
 
 
