@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from train_step import SHAPES, Mode, Shape, build, check_memory, measure_peak, random_batch
+from train_step import SHAPES, Mode, Shape, build, check_memory, machine, measure_peak, random_batch
 
 from llava_region.errors import LlavaRegionError
 from llava_region.region import Region
@@ -69,7 +69,7 @@ def random_lengths(model: Any, region: Region, shape: Shape, steps: int, limit: 
         for _ in range(steps):
             lengths.append(draw.randint(shape.length // 4, shape.length))
             mode.step(random_batch(dataclasses.replace(shape, length=lengths[-1]), 0.25, device))
-    except torch.OutOfMemoryError as e:
+    except torch.cuda.OutOfMemoryError as e:
         found["out_of_memory"] = str(e).splitlines()[0]
     found |= {"batches_by_layers_recomputed": dict(mode.plan.batches.counts), "budget_bytes": mode.plan.budget}
     found |= {"lengths": lengths, "seconds": time.perf_counter() - start}
@@ -93,8 +93,7 @@ def run(shape_name: str, *, region: str, policies: list[str], limits: list[str],
     """
     shape = SHAPES[shape_name]
     shape = dataclasses.replace(shape, length=length or shape.length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype, name = machine()
     chosen = Region.parse(region, shape.layers)
     check_memory(shape_name, chosen, (), device, dtype)
     torch.manual_seed(0)
@@ -103,7 +102,7 @@ def run(shape_name: str, *, region: str, policies: list[str], limits: list[str],
     plans = [planned(model, chosen, shape, policy, limit, device) for policy, limit in asked]
     return {
         "shape": shape_name, "samples": shape.samples, "length": shape.length, "layers": shape.layers, "region": list(chosen.layers),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": name,
         "plans": plans, "random_lengths": random_lengths(model, chosen, shape, steps, None, device) if steps else None,
     }  # fmt: skip
 

@@ -255,6 +255,29 @@ def measure_seconds(mode: Mode, batch: dict, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def measure_all(columns: list[Mode], batches: list[dict[str, torch.Tensor]], repeats: int, device: torch.device) -> None:
+    """Peak memory of every mode, then its times, the modes in turn."""
+    for mode in track(columns, "peak memory"):
+        mode.prepare()
+        mode.step(batches[0])  # allocator, optimizer states
+        for batch in batches:
+            mode.peak = max(mode.peak, measure_peak(mode, batch, device))
+            mode.optimizer.zero_grad(set_to_none=True)
+        if mode.plan and mode.plan.batches:
+            mode.plan.batches.counts.clear()
+    for _ in track(range(repeats), "steps"):
+        for mode in columns:
+            mode.prepare()
+            mode.seconds.append(sum(measure_seconds(mode, batch, device) for batch in batches))
+
+
+def machine() -> tuple[torch.device, torch.dtype, str]:
+    """Where steps run, in which type, and its name."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16, torch.cuda.get_device_name()
+    return torch.device("cpu"), torch.float32, f"CPU, {torch.get_num_threads()} threads"
+
+
 def run(
     shape_name: str,
     *,
@@ -278,31 +301,19 @@ def run(
         LlavaRegionError: the region does not fit the shape, or the shape the free memory.
     """
     shape = SHAPES[shape_name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype, name = machine()
     chosen = Region.parse(region, shape.layers)
     check_memory(shape_name, chosen, modes, device, dtype)
     torch.manual_seed(0)
     models = build(shape, chosen, modes, device, dtype)
     if lengths and region_memory is None:
         region_memory = f"{round(LIMIT * kept_at_most(models['region'], chosen, shape))}B"
-    columns = [Mode(name, models[{"upstream": "all", "full": "full"}.get(name, "region")], chosen, shape, region_memory) for name in modes]
+    columns = [Mode(mode, models[{"upstream": "all", "full": "full"}.get(mode, "region")], chosen, shape, region_memory) for mode in modes]
     batches = real_batches(shape, lengths, supervised, device) if lengths else [random_batch(shape, supervised, device)]
-    for mode in track(columns, "peak memory"):
-        mode.prepare()
-        mode.step(batches[0])  # allocator, optimizer states
-        for batch in batches:
-            mode.peak = max(mode.peak, measure_peak(mode, batch, device))
-            mode.optimizer.zero_grad(set_to_none=True)
-        if mode.plan and mode.plan.batches:
-            mode.plan.batches.counts.clear()
-    for _ in track(range(repeats), "steps"):
-        for mode in columns:
-            mode.prepare()
-            mode.seconds.append(sum(measure_seconds(mode, batch, device) for batch in batches))
+    measure_all(columns, batches, repeats, device)
     return {
         "shape": shape_name,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": name,
         "peak_is": "allocator's peak without weights and optimizer" if device.type == "cuda" else "tensors autograd keeps",
         "dtype": str(dtype).removeprefix("torch."),
         "region": list(chosen.layers),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ TRAINABLE_BYTES = 12
 # not such a multiple, so that what padding costs is in the figure.
 LENGTHS = (17, 33, 49)
 SAMPLES = 2
+SAMPLE = {False: 0, True: 1}  # layers of `sample_model`, by whether they are tuned
 
 
 @dataclass(frozen=True)
@@ -282,15 +283,22 @@ def activations_by_size(model: nn.Module, workload: Workload, context: Context =
     parent: Any = parent_of(model)
     weight = parent.get_input_embeddings().weight
     dtype = getattr(torch, workload.dtype) if weight.is_meta else weight.dtype
-    kept = _measured_kinds(model, examples, dtype, context, lean=False)
+    measured, places = (model, examples) if not (weight.is_meta or hasattr(weight, "ds_id")) else (_sample_of(model, dtype), SAMPLE)
+
+    def keeps(lean: bool) -> dict[bool, KeptBytes]:
+        with _Unmultiplied() if measured is not model else nullcontext():
+            found = measure(measured, places.values(), context, lean)
+        return {kind: found[layer] for kind, layer in places.items()}
+
+    kept = keeps(lean=False)
     # in fp32 less than a fifth is saved, for as much time as recomputing so many layers takes
-    lean = None if dtype == torch.float32 else _measured_kinds(model, examples, dtype, context, lean=True)
+    lean = None if dtype == torch.float32 else keeps(lean=True)
     costs = tuple(_cost(modules[examples[kind]]) for kind in tuned)
     width, itemsize, first = _width(parent.config), dtype.itemsize, lowest_differentiated(model)
     supervised = workload.supervised_logits and workload.dtype != "float16"
 
-    def all_layers(measured: dict[bool, KeptBytes], samples: int, length: int) -> tuple[int, ...]:
-        sizes = {kind: found.at(samples, length) for kind, found in measured.items()}
+    def all_layers(by_kind: dict[bool, KeptBytes], samples: int, length: int) -> tuple[int, ...]:
+        sizes = {kind: found.at(samples, length) for kind, found in by_kind.items()}
         return tuple(sizes[kind] for kind in tuned)
 
     def at(samples: int, length: int) -> Activations:
@@ -309,21 +317,14 @@ def activations_by_size(model: nn.Module, workload: Workload, context: Context =
     return at
 
 
-def _measured_kinds(
-    model: nn.Module, examples: Mapping[bool, int], dtype: torch.dtype, context: Context, lean: bool
-) -> dict[bool, KeptBytes]:
-    """What a tuned (True) and a frozen (False) layer keeps, of those that there are."""
+def _sample_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A sample of a model whose layers cannot be run by themselves, where it can be run."""
     parent: Any = parent_of(model)
     weight = parent.get_input_embeddings().weight
-    if not weight.is_meta and not hasattr(weight, "ds_id"):
-        measured = measure(model, examples.values(), context, lean)
-        return {kind: measured[layer] for kind, layer in examples.items()}
     device = weight.device if not weight.is_meta else "cuda" if torch.cuda.is_available() else "cpu"
     # the CPU of torch 2.1 knows little of float16; bfloat16 keeps as many bytes
     stored = torch.bfloat16 if str(device) == "cpu" and dtype == torch.float16 else dtype
-    sample = sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=stored, device=device)
-    with _Unmultiplied():
-        return dict(zip((False, True), measure(sample, (0, 1), context, lean).values(), strict=True))
+    return sample_model(parent.config, type(causal_of(model)), lora=_lora_config(model), dtype=stored, device=device)
 
 
 def _cost(layer: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 
 from llava_region.data.labels import IGNORE_INDEX
 from llava_region.decoder import find_decoder_layers, linear_modules
-from llava_region.training.recompute_plan import Workload
+from llava_region.training.recompute_plan import Plan, Workload
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 50}
 FAMILIES = {
@@ -96,6 +97,11 @@ def count_forwards(model: nn.Module) -> list[int]:
 def workload(samples: int = 2, length: int = 24) -> Workload:
     """The largest step of a run whose batches are as `batch` makes them, with upstream's loss."""
     return Workload(samples, length, supervised_logits=False)
+
+
+def plan_of(recompute: Iterable[int] = (), first: int = 0, lean: bool = False) -> Plan:
+    """A plan that recomputes these layers of every batch."""
+    return Plan(tuple(recompute), "auto", "", 0, None, first, lean)
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -11,8 +11,7 @@ from llava_region.decoder import parent_of
 from llava_region.training import kept_memory as memory
 from llava_region.training.kept_memory import KeptBytes, measure, saved_peak
 from llava_region.training.recompute import install
-from llava_region.training.recompute_plan import Plan
-from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, gradients, workload
+from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, gradients, plan_of, workload
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -24,7 +23,7 @@ def test_measured_bytes_are_what_a_longer_batch_keeps(family, attention, lora):
     for layer, kept in measure(model, (2, 4)).items():
         peaks = []
         for recompute in (range(6), [i for i in range(6) if i != layer]):
-            install(model, Plan(tuple(recompute), "auto", "", 0, None))
+            install(model, plan_of(recompute))
             peaks.append(_forward_bytes(model, inputs))
         assert kept.at(3, 16 * 12 + 1) == pytest.approx(peaks[1] - peaks[0], rel=1e-2)  # the rotary angles do not grow with the samples
     assert measure(model, (4,))[4].per_token > measure(model, (2,))[2].per_token

@@ -7,12 +7,7 @@ from llava_region.decoder import find_decoder_layers
 from llava_region.training.kept_memory import measure, saved_peak
 from llava_region.training.lean_layers import LeanLayers
 from llava_region.training.recompute import install
-from llava_region.training.recompute_plan import Plan
-from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients
-
-
-def plan_of(recompute=(), lean=False) -> Plan:
-    return Plan(tuple(recompute), "auto", "", 0, None, 0, lean)
+from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, plan_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)

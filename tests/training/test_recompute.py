@@ -9,12 +9,8 @@ from llava_region.errors import UnsupportedUpstream
 from llava_region.training import kept_memory as memory
 from llava_region.training.kept_memory import saved_peak
 from llava_region.training.recompute import install, out_of_memory_hint, set_up, uninstall
-from llava_region.training.recompute_plan import Plan, Workload
-from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, workload
-
-
-def plan_of(recompute, first=0) -> Plan:
-    return Plan(tuple(recompute), "auto", "", 0, None, first)
+from llava_region.training.recompute_plan import Workload
+from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, plan_of, workload
 
 
 @pytest.mark.parametrize("family", FAMILIES)
