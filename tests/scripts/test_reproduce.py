@@ -28,6 +28,7 @@ output() { # FLAG
     done
 }
 case " $* " in
+    " -c "*) exit ;; # what is installed: nothing
     *" check "*) exit ;;
     *" llava_region.train "*) out=$(output --output_dir)/cost.json text='{}' ;;
     *" llava_region eval "*)

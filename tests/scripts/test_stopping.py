@@ -17,6 +17,8 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 
 folder = Path({folder!r})
+if sys.argv[1] == "-c":  # the launcher asks what is installed
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 if "LOCAL_RANK" not in os.environ:  # like torchrun: ranks in sessions of their own, code 1 if one fails, deaf to SIGUSR1
     (folder / "launcher").touch()
     if (folder / "slow").exists():

@@ -19,12 +19,14 @@ from llava_region.training.resume import (
 
 
 def test_projector_has_to_fit(tmp_path):
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(LlavaRegionError, match="no non_lora_trainables"):
         load_non_lora(model, tmp_path)
     torch.save({"weight": torch.ones(2, 2)}, tmp_path / "non_lora_trainables.bin")
     load_non_lora(model, tmp_path)
     assert torch.equal(model.weight, torch.ones(2, 2))
+    with pytest.raises(LlavaRegionError, match="lacks bias, which the run trains"):
+        load_non_lora(torch.nn.Linear(2, 2), tmp_path)
     torch.save({"weight": torch.ones(3, 2)}, tmp_path / "non_lora_trainables.bin")
     with pytest.raises(LlavaRegionError, match="does not fit the model"):
         load_non_lora(model, tmp_path)
