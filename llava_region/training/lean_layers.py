@@ -29,13 +29,15 @@ class LeanLayers:
         self._active = False
         self._wrapped: list[nn.Module] = []
         for layer in layers:
-            for module in layer.modules():
-                if _is_norm(module) and not _is_partitioned(module):
-                    self._wrap(module, _norm_again)
-                elif isinstance(module, (nn.SiLU, nn.GELU)):  # keep their input alone
-                    self._wrap(module, _Gate)
-                elif type(module).__module__ == "transformers.activations":  # written in Python
-                    self._wrap(module, lambda forward, inputs: _Gate(functools.partial(_again, forward), inputs))
+            for parent in layer.modules():
+                for module in parent.children():
+                    if _is_norm(module) and not _is_partitioned(module):
+                        self._wrap(module, _norm_again)
+                    elif isinstance(module, nn.SiLU | nn.GELU):  # keep their input alone
+                        if _is_gated(parent):
+                            self._wrap(module, _Gate)
+                    elif type(module).__module__ == "transformers.activations":  # written in Python
+                        self._wrap(module, _gate_again if _is_gated(parent) else _again)
 
     def _wrap(self, module: nn.Module, lean: Callable[[Callable[..., Any], torch.Tensor], Any]) -> None:
         forward = module.forward
@@ -73,6 +75,13 @@ def _is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") and not getattr(p, "ds_persist", False) for p in module.parameters(recurse=False))
 
 
+def _is_gated(mlp: nn.Module) -> bool:
+    """Whether an MLP makes a gate and as many values for it, so that a product takes the activation. Where a matrix product does, it
+    must see a tensor: that of ZeRO-3, among others, is no function of torch's."""
+    layers = [module for module in mlp.children() if hasattr(module, "in_features") and hasattr(module, "out_features")]
+    return any(2 * down.in_features == sum(other.out_features for other in layers if other is not down) for down in layers)
+
+
 def _again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """The function's value, of which the inputs alone are kept."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -81,6 +90,10 @@ def _again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
 def _norm_again(norm: Callable[..., torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
     """In fp32 a norm keeps its input as it is, and next to nothing besides."""
     return norm(inputs) if inputs.dtype == torch.float32 else _again(norm, inputs)
+
+
+def _gate_again(activation: Callable[..., torch.Tensor], inputs: torch.Tensor) -> _Gate:
+    return _Gate(functools.partial(_again, activation), inputs)
 
 
 class _Gate:

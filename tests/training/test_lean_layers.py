@@ -24,6 +24,17 @@ def test_gradients_are_the_same_to_the_bit(family, dtype, lora, dropout):
         assert counts == [2 if i in recompute else 1 for i in range(6)]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_that_are_no_functions_of_torch(family, monkeypatch):
+    """ZeRO-3 puts its own in the place of torch's, which takes tensors alone."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.linear")
+    model = build(family).to(torch.bfloat16)
+    expected = gradients(model)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero.zero3_linear_wrap)
+    install(model, plan_of(lean=True))
+    assert_equal(gradients(model), expected)
+
+
 @pytest.mark.parametrize(("family", "least"), [("llama", 0.3), ("mistral", 0.3), ("phi", 0.4)])
 def test_a_frozen_layer_keeps_less(family, least):
     """In units of hidden size, of a Llama layer: 16 with everything, 10 without norms and gate. Phi's activation keeps most of all."""
