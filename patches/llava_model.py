@@ -53,7 +53,7 @@ class LLaVAModels(ModelSide):
 
     def build(self, weights: Path, settings: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
         model, tokenizer, info = super().build(weights, settings, **options)
-        _drop_cache_position(model)
+        drop_cache_position(model)
         return model, tokenizer, info
 
     def text_model_class(self, config: Mapping[str, Any]) -> type:
@@ -122,7 +122,7 @@ class LLaVAModels(ModelSide):
         return Merged(embeds, labels, mask, positions)
 
 
-def _drop_cache_position(model: PreTrainedModel) -> None:
+def drop_cache_position(model: PreTrainedModel) -> None:
     """transformers >= 4.38 hands `cache_position` to `forward` while generating, which LLaVA's does not take."""
     if "cache_position" in inspect.signature(model.forward).parameters:
         return

@@ -16,7 +16,6 @@ from llava_region.checkpoints.whole_model import ModelFolder
 from llava_region.cli import main
 from llava_region.decoder import layer_index, with_layer_index
 from llava_region.errors import LlavaRegionError
-from llava_region.patches.llava_model import _drop_cache_position
 from llava_region.surgery.merge import merge
 from llava_region.surgery.prune import layers_to_drop, prune, without_layers
 from llava_region.surgery.self_check import self_test
@@ -89,13 +88,15 @@ def test_pruning_a_layer_is_skipping_it(merged, tmp_path, layer):
 def test_lowest_outside_the_region_load_upstream_and_generate(merged, scores, tmp_path, drop, expected):
     from llava.model.builder import load_pretrained_model
 
+    from llava_region.patches.llava_model import drop_cache_position  # imports LLaVA
+
     out = tmp_path / "llava-pruned"
     report = prune(merged, out, drop=drop, scores=scores)
     assert report["dropped"] == expected and report["num_layers"] == 8 - drop
     _, model, _, _ = load_pretrained_model(str(out), None, "llava-pruned", device="cpu")
     model = model.float()
     if Version(transformers.__version__) >= Version("4.38"):
-        _drop_cache_position(model)  # upstream's own cannot generate there
+        drop_cache_position(model)  # upstream's own cannot generate there
     assert model.config.num_hidden_layers == 8 - drop
     assert [layer.self_attn.layer_idx for layer in model.get_model().layers] == list(range(8 - drop))
     ids = torch.cat([PROMPT[:, :3], torch.tensor([[-200]]), PROMPT[:, 3:]], dim=1)
