@@ -109,7 +109,8 @@ def parse_json(data: bytes, path: str | Path) -> Any:
 def _is_json_lines(data: bytes) -> bool:
     """Whether the first two lines are JSON objects or lists each."""
     try:
-        return all(isinstance(json.loads(line), dict | list) for line in data.lstrip().split(b"\n", 2)[:2])
+        lines = data.strip().split(b"\n", 2)[:2]
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict | list) for line in lines)
     except (ValueError, RecursionError):
         return False
 

@@ -200,7 +200,6 @@ def train_region(request: Request) -> None:
     for name, text in checked.remarks:
         print(f"{name}: {text}", flush=True)
     with together.started(upstream, checked) as start:
-        checked = checked._replace(records=None)  # the upstream reads its own, and these may take gigabytes
         launch(upstream, request.script, checked, start)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from llava_region.data.images import image_problem
-from llava_region.data.records import PLACEHOLDER, check_each, first_names, read_records, record_name, require_image_folder, training_images
+from llava_region.data.records import PLACEHOLDER, first_names, require_image_folder
+from llava_region.data.training_data import Survey, TrainingData
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import progress_bar
 
@@ -25,7 +26,7 @@ def check_data(
     check_images: str = "sample",
     record_check: Callable[[Mapping[str, Any]], str | None] = lambda record: None,
     picture_problem: Callable[[int, int], str | None] = lambda width, height: None,
-) -> list[dict]:
+) -> TrainingData:
     """Check every record's form, and that images open.
 
     Args:
@@ -42,9 +43,8 @@ def check_data(
     if not data_path:
         raise LlavaRegionError("--data_path is missing; give a JSON file of LLaVA's format")
     data_path, folder = Path(data_path), Path(image_folder) if image_folder else None
-    records = read_records(data_path)
-    check_each(enumerate(records), data_path, record_check)
-    images = sorted(set(training_images(records)))
+    records = TrainingData(data_path, record_check)
+    images = sorted(set(records.survey.images))
     require_image_folder(len(images), folder, data_path, "--image_folder")
     if folder is None or not images:
         return records
@@ -57,7 +57,7 @@ def check_data(
     return records
 
 
-def check_placeholders(records: Sequence[dict], path: str | Path) -> str | None:
+def check_placeholders(survey: Survey, path: str | Path) -> str | None:
     """Look for images that their records' texts do not place, which training ignores, and for places without an image, which stay
     words of the text.
 
@@ -67,25 +67,18 @@ def check_placeholders(records: Sequence[dict], path: str | Path) -> str | None:
     Raises:
         LlavaRegionError: there are so many that a wrong file is likelier than a slip.
     """
-    unplaced: list[str] = []
-    without: list[str] = []
-    for number, record in enumerate(records):
-        placed = any(PLACEHOLDER in turn["value"] for turn in record["conversations"])
-        if placed != ("image" in record):
-            (without if placed else unplaced).append(record_name(number, record))
+    total = len(survey.lengths)
     found = [
         (f"{len(names):,} records {what} ({first_names(names)})", len(names))
         for names, what in (
-            (unplaced, f"have an image and no '{PLACEHOLDER}' in their text, so that training does not see it"),
-            (without, f"have '{PLACEHOLDER}' in their text and no image, so that training reads it as words"),
+            (survey.unplaced, f"have an image and no '{PLACEHOLDER}' in their text, so that training does not see it"),
+            (survey.imageless, f"have '{PLACEHOLDER}' in their text and no image, so that training reads it as words"),
         )
         if names
     ]
     for text, count in found:
-        if count > 1 and count >= MOST_UNPLACED * len(records):
-            raise LlavaRegionError(
-                f"of {len(records):,} records of {path}, {text}; allowed: less than {MOST_UNPLACED:.0%}; correct the records"
-            )
+        if count > 1 and count >= MOST_UNPLACED * total:
+            raise LlavaRegionError(f"of {total:,} records of {path}, {text}; allowed: less than {MOST_UNPLACED:.0%}; correct the records")
     return "; ".join(text for text, _ in found) or None
 
 

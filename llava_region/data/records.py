@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava_region.data.json_list import items
 from llava_region.errors import LlavaRegionError
-from llava_region.files import read_json
 
 PLACEHOLDER = "<image>"
+LIST = "a list of records; allowed: a JSON list in LLaVA's format, [{'image': name, 'conversations': [...]}, ...]"
 
 
 class Form(Enum):
@@ -51,12 +52,7 @@ def read_list(path: Path) -> list[Any]:
     Raises:
         LlavaRegionError: it cannot be read, is not a JSON list, or is empty.
     """
-    records: Any = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise LlavaRegionError(
-            f"{path} is not a list of records; allowed: a JSON list in LLaVA's format, [{{'image': name, 'conversations': [...]}}, ...]"
-        )
-    return records
+    return [item.value for item in items(path, LIST)]
 
 
 def record_name(number: int, record: Any) -> str:

@@ -103,7 +103,7 @@ def show(preflight: Preflight, found: Estimate, rehearsed: str | None = None) ->
 def _data_rows(preflight: Preflight) -> list[tuple[str, str]]:
     if preflight.records is None:
         return []
-    images = sum("image" in record for record in preflight.records)
+    images = len(preflight.records.survey.images)
     return [("data", f"{preflight.recipe.data}: {len(preflight.records):,} records, {images:,} with an image"), *preflight.remarks]
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from llava_region import __version__, processes
 from llava_region.checkpoints.identity import weights_digest
-from llava_region.data.records import training_images
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.run_files import RUN_FILE, TRAINER_STATE_FILE
@@ -23,6 +22,7 @@ from llava_region.training.model_files import folder_of
 from llava_region.training.preflight import Preflight, deepspeed_settings
 
 if TYPE_CHECKING:
+    from llava_region.data.training_data import TrainingData
     from llava_region.upstreams import Recipe, Upstream
 
 # Flags that do not decide what is trained: what is logged and saved and where, how much memory it takes, how data is read.
@@ -227,7 +227,7 @@ def _decides(name: str) -> bool:
     return name not in (*FREE, *STEPS, *BATCH) and not name.startswith((*FREE_BEGINNINGS, "_"))
 
 
-def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | None) -> Iterator[tuple[str, str]]:
+def _contents(recipe: Recipe, args: Namespace, records: TrainingData | None) -> Iterator[tuple[str, str]]:
     flag = {kind: recipe.flags.get(kind, kind) for kind in PATHS}
     if recipe.data and processes.is_first_on_node():  # which reads it for all of its node
         yield flag["data"], _file(recipe.data)
@@ -238,7 +238,7 @@ def _contents(recipe: Recipe, args: Namespace, records: list[dict[str, Any]] | N
     if recipe.tower:  # which the upstreams do not look for under --cache_dir
         yield flag["tower"], _model(recipe.tower, flag["tower"], None)
     if records and recipe.images:
-        yield flag["images"], _images(Path(recipe.images), records)
+        yield flag["images"], _images(Path(recipe.images), records.survey.images)
 
 
 def _deciding(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,9 +269,8 @@ def _model(name: str, flag: str, cache_dir: str | None) -> str:
     return f"{name} {folder_of(name, flag, cache_dir).name}"
 
 
-def _images(folder: Path, records: list[dict[str, Any]], count: int = 256) -> str:
+def _images(folder: Path, names: list[str], count: int = 256) -> str:
     """A digest of the sizes of some images, spread over the data."""
-    names = training_images(records)
     digest = hashlib.sha256(f"{len(names)}".encode())
     for name in names[:: max(1, len(names) // count)]:
         path = folder / name

@@ -78,7 +78,8 @@ def _is_partitioned(module: nn.Module) -> bool:
 def _is_gated(mlp: nn.Module) -> bool:
     """Whether an MLP makes a gate and as many values for it, so that a product takes the activation. Where a matrix product does, it
     must see a tensor: that of ZeRO-3, among others, is no function of torch's."""
-    layers = [module for module in mlp.children() if hasattr(module, "in_features") and hasattr(module, "out_features")]
+    children: list[Any] = [*mlp.children()]
+    layers = [child for child in children if hasattr(child, "in_features") and hasattr(child, "out_features")]
     return any(2 * down.in_features == sum(other.out_features for other in layers if other is not down) for down in layers)
 
 

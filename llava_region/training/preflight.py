@@ -26,6 +26,7 @@ from llava_region.training.run_data import check_run_data
 from llava_region.training.trainer_flags import check_trainer_flags
 
 if TYPE_CHECKING:
+    from llava_region.data.training_data import TrainingData
     from llava_region.upstreams import Recipe, Upstream
 
 CONFIGS = "'llava-region recipes DIR' writes configs to start from into DIR/deepspeed"
@@ -46,7 +47,7 @@ class Preflight(NamedTuple):
     recipe: Recipe
     region: Region
     config: dict[str, Any]
-    records: list[dict[str, Any]] | None
+    records: TrainingData | None
     remarks: tuple[tuple[str, str], ...] = ()
 
 

@@ -13,12 +13,13 @@ from llava_region.errors import LlavaRegionError
 from llava_region.training.sampled_records import check_records
 
 if TYPE_CHECKING:
+    from llava_region.data.training_data import TrainingData
     from llava_region.upstreams import Recipe, Upstream
 
 
 def check_run_data(
     upstream: Upstream, args: Namespace, recipe: Recipe, config: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], tuple[tuple[str, str], ...]]:
+) -> tuple[TrainingData, tuple[tuple[str, str], ...]]:
     """Check the records that a command line names.
 
     Args:
@@ -34,7 +35,7 @@ def check_run_data(
     records = check_data(recipe.data, recipe.images, args.check_images, upstream.record_check(args), pictures)
     check_batch(args, len(records), str(recipe.data))
     remarks = {
-        "placeholders": check_placeholders(records, str(recipe.data)),
+        "placeholders": check_placeholders(records.survey, str(recipe.data)),
         "sample": check_records(upstream, args, recipe, config, records),
     }
     return records, tuple((name, text) for name, text in remarks.items() if text)

@@ -18,13 +18,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llava_region.data.labels import IGNORE_INDEX
-from llava_region.data.records import first_names, record_name, text_length
+from llava_region.data.records import first_names, record_name
 from llava_region.errors import LlavaRegionError
 from llava_region.progress import track
 
 if TYPE_CHECKING:
     import torch
 
+    from llava_region.data.training_data import TrainingData
     from llava_region.upstreams import Recipe, Tokenisation, Upstream
 
 # Shares of the sample from which a run is refused. Real data has some masked records, and upstream trains the others rightly; where
@@ -58,7 +59,7 @@ class Sample:
         return sum(map(len, self.masked.values()))
 
 
-def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: Mapping[str, Any], records: list[dict]) -> str | None:
+def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: Mapping[str, Any], records: TrainingData) -> str | None:
     """Tokenise `--check_records` records and the longest one as training would.
 
     Args:
@@ -78,18 +79,20 @@ def check_records(upstream: Upstream, args: Namespace, recipe: Recipe, config: M
     with upstream.tokenisation(args, config) as tokenisation, _quiet():
         if tokenisation.without_rows:
             _refuse_without_rows(tokenisation.without_rows, records, recipe)
-        sample = _sample(upstream, tokenisation, records, choose(records, args.check_records), recipe)
+        sample = _sample(upstream, tokenisation, records, choose(records.survey.lengths, args.check_records), recipe)
     reasons = _reasons(recipe)
     _refuse(sample, reasons, recipe)
     return describe(sample, reasons, recipe)
 
 
-def choose(records: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> list[int]:
+def choose(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
     """Numbers of `count` records, one at random from each of as many equal parts of the data, and of the one with most text.
+
+    Args:
+        lengths: characters of text of each record.
 
     Records of more than `LONGEST_TEXT` characters are left out, unless all are such.
     """
-    lengths = [text_length(record) for record in records]
     numbers = [number for number, length in enumerate(lengths) if length <= LONGEST_TEXT] or list(range(len(lengths)))
     draw, total = random.Random(seed), len(numbers)
     count = min(count, total)

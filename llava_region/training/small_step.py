@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from llava_region.data.records import text_length
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 from llava_region.training.arguments import OWN_FLAGS
@@ -30,6 +29,7 @@ from llava_region.training.preflight import Preflight, parse
 from llava_region.training.trainer_flags import computes_fp16_on_cpu
 
 if TYPE_CHECKING:
+    from llava_region.data.training_data import Survey
     from llava_region.upstreams import Upstream
 
 RECORDS = 4
@@ -59,7 +59,7 @@ def rehearse(upstream: Upstream, preflight: Preflight) -> str | None:
         LlavaRegionError: a step failed; says where and why.
     """
     start = time.perf_counter()
-    records = choose(preflight.records or [])
+    records = [preflight.records[number] for number in choose(preflight.records.survey)] if preflight.records else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         changes = upstream.write_miniature(preflight.args, preflight.config, LAYERS, folder)
@@ -80,15 +80,12 @@ def rehearse(upstream: Upstream, preflight: Preflight) -> str | None:
     return f"{what}: {len(result['losses'])} steps, loss {losses}, {time.perf_counter() - start:.0f} s"
 
 
-def choose(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The longest record, one with and one without an image, and some more, always the same."""
-    first = [max(records, key=text_length)] if records else []
-    for kind in (True, False):
-        first += [next((r for r in records if ("image" in r) == kind), None)]
-    chosen = list({id(record): record for record in first if record is not None}.values())
-    taken = {id(record) for record in chosen}
-    others = [record for record in random.Random(0).sample(records, min(len(records), 2 * RECORDS)) if id(record) not in taken]
-    return (chosen + others)[:RECORDS]
+def choose(survey: Survey) -> list[int]:
+    """Numbers of the longest record, one with and one without an image, and some more, always the same."""
+    total = len(survey.lengths)
+    first = [max(range(total), key=survey.lengths.__getitem__), survey.with_image.find(1), survey.with_image.find(0)]
+    others = random.Random(0).sample(range(total), min(total, 2 * RECORDS))
+    return list(dict.fromkeys(number for number in first + others if number >= 0))[:RECORDS]
 
 
 def command_line(upstream: Upstream, args: Namespace) -> list[str]:

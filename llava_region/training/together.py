@@ -85,7 +85,6 @@ def started(upstream: Upstream, checked: Preflight) -> Iterator[Start]:
     with ExitStack() as held:
         with processes.joined():
             fingerprint = on_all(functools.partial(Fingerprint.of, upstream, checked))
-            checked = checked._replace(records=None)  # they may take gigabytes, for as long as the run
             check_same_everywhere(checked, fingerprint)
             if not getattr(args, "save_on_each_node", False):
                 check_shared(args.output_dir)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from llava_region.data import check as data_check
 from llava_region.data.check import check_data, check_placeholders
+from llava_region.data.training_data import Survey
 from llava_region.errors import LlavaRegionError
 
 
@@ -41,12 +42,19 @@ def record(question: str, image: bool = True, **more) -> dict:
     return {**({"image": "a.png"} if image else {}), "conversations": turns, **more}
 
 
+def said_of(records: list[dict]) -> str | None:
+    survey = Survey()
+    for one in records:
+        survey.add(one)
+    return check_placeholders(survey, "d.json")
+
+
 GOOD, TEXT = record("<image>\nWhat?"), record("Hi", image=False)
 UNPLACED, WITHOUT = record("What?", id="u"), record("What? <image>", image=False)
 
 
 def test_placeholders_and_images_that_belong_together():
-    assert check_placeholders([GOOD, TEXT, record("And <image> <image>?")], "d.json") is None
+    assert said_of([GOOD, TEXT, record("And <image> <image>?")]) is None
 
 
 @pytest.mark.parametrize(
@@ -62,16 +70,16 @@ def test_placeholders_and_images_that_belong_together():
 def test_a_slip_is_said_and_a_wrong_file_refused(bad, problem, count, total, refused):
     records = [bad] * count + [GOOD] * (total - count)
     if not refused:
-        said = check_placeholders(records, "d.json")
+        said = said_of(records)
         assert said and said.startswith(f"{count} records {problem}") and ("..." in said) == (count > 3)
         return
     with pytest.raises(LlavaRegionError, match=f"of {total:,} records of d.json, {count:,} records have.*allowed: less than 1%") as error:
-        check_placeholders(records, "d.json")
+        said_of(records)
     assert problem in str(error.value)
 
 
 def test_both_kinds_are_said():
-    said = check_placeholders([UNPLACED, WITHOUT] + [TEXT] * 198, "d.json")
+    said = said_of([UNPLACED, WITHOUT] + [TEXT] * 198)
     assert said and "1 records have an image" in said and "; 1 records have '<image>'" in said
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("llava.train.train")
 pytest.importorskip("deepspeed")
 
 from llava_region import LlavaRegionError, upstreams
+from llava_region.data.training_data import Survey
 from llava_region.train import main
 from llava_region.training import preflight
 from llava_region.training.small_step import RECORDS, choose, rehearse
@@ -96,11 +97,13 @@ def test_it_is_one_process_wherever_the_dry_run_is_started(tiny, tmp_path, monke
 
 
 def test_which_records():
-    def record(length, image=False):
-        return {"conversations": [{"value": "x" * length}], **({"image": "a"} if image else {})}
+    def survey(count):
+        found = Survey()
+        for i in range(count):
+            found.add({"conversations": [{"value": "x" * (i + 1)}], **({"image": "a"} if i % 50 == 7 else {})})
+        return found
 
-    records = [record(i + 1, image=i % 50 == 7) for i in range(100)]
-    chosen = choose(records)
-    assert len(chosen) == RECORDS == len({id(one) for one in chosen}) and chosen[0] is records[-1] and chosen == choose(records)
-    assert any("image" in one for one in chosen) and any("image" not in one for one in chosen)
-    assert choose([]) == [] and choose(records[:1]) == records[:1]
+    chosen = choose(survey(100))
+    assert len(chosen) == RECORDS == len(set(chosen)) and chosen[0] == 99 and chosen == choose(survey(100))
+    assert 7 in chosen and any(number % 50 != 7 for number in chosen)
+    assert choose(survey(1)) == [0] and sorted(choose(survey(2))) == [0, 1]
