@@ -76,6 +76,9 @@ needs_fp16 = pytest.mark.skipif(not computes_fp16_on_cpu(), reason="this torch (
 needs_zero_on_cpu = pytest.mark.skipif(
     Version(version("accelerate")) < Version("0.22"), reason="accelerate 0.21, which LLaVA pins, starts ZeRO on GPUs only"
 )
+needs_bf16_over_gloo = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.2"), reason="gloo of torch 2.1, which LLaVA pins, sums no bfloat16"
+)
 LORA = {"lora_enable": True, "lora_r": 8, "lora_alpha": 16, "mm_projector_lr": 2e-5}
 
 

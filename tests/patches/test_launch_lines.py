@@ -21,7 +21,7 @@ from llava_region.train import main
 from tests.helpers.command_line import run
 from tests.helpers.launch_lines import CONFIGS, LINES, words_of
 from tests.helpers.sparse_models import write_sparse_llama
-from tests.helpers.training_runs import adapter, environment, layers_of, projector, torchrun, train
+from tests.helpers.training_runs import adapter, environment, layers_of, needs_zero_on_cpu, projector, torchrun, train
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
@@ -93,6 +93,7 @@ def test_published_line_with_the_offloading_config_passes_a_dry_run(tiny, models
     assert len(said) == ("lora" in script) and ("'optimizer' would ignore --mm_projector_lr" in done.out) == ("lora" in script)
 
 
+@needs_zero_on_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["v1_5/finetune.sh", "v1_5/finetune_lora.sh"])
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
@@ -113,6 +114,7 @@ def test_published_line_trains(tiny, tmp_path, script, config):
 
 
 @pytest.mark.slow
+@needs_zero_on_cpu
 def test_the_hooks_alone_correct_too(tiny, tmp_path):
     """`with applied(...)` has no preflight. A fraction that the user wrote is read as soon as weights are loaded."""
     words, path = line(tiny, tmp_path, "v1_5/finetune_lora.sh", report_to="none", **HERE)

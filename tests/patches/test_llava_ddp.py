@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("llava.train.train")
 
-from tests.helpers.training_runs import LORA, adapter, layers_of, llava_flags, projector, same, torchrun, train
+from tests.helpers.training_runs import LORA, adapter, layers_of, llava_flags, needs_bf16_over_gloo, projector, same, torchrun, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bf16_over_gloo]
 POLICIES = ("all", "region", "auto", "none")
 
 
