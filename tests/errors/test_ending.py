@@ -367,6 +367,7 @@ def test_an_interrupt_at_any_moment_of_the_imports(tiny):
             ("cli", ["score", model, "--data", str(tiny.data), "--image-folder", str(tiny.images), "--out", "scores.json"]),
         )
         done = interrupted_once(*lines[at % 2], after=after)
-        # a command may be done before, or bad input may have been found
-        assert (done.returncode, done.stderr) == (130, "interrupted\n") or done.returncode in (0, 2, -signal.SIGINT), (after, done)
+        # a command may be done before, or bad input may have been found; libraries print lines of their own where an import fails
+        last = done.stderr.splitlines()[-1:]
+        assert (done.returncode, last) == (130, ["interrupted"]) or done.returncode in (0, 2, -signal.SIGINT), (after, done)
         assert "Traceback" not in done.stderr
