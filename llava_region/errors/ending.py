@@ -41,7 +41,7 @@ _SYSTEM = {
     errno.EPIPE: "what reads it has ended",
     errno.EIO: "look at the disk, or at the network file system",
 }
-_GPU_FULL = re.compile(r"CUDA(?: error)?: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_GPU_FULL = re.compile(r"CUDA(?: error)?: out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|Cuda failure (?:\d+ )?'out of memory'")
 _MEMORY_FULL = re.compile(r"DefaultCPUAllocator: (?:can't allocate|not enough) memory")
 # libraries in C++ and Rust report a full disk in words of their own
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing file")
@@ -134,10 +134,15 @@ def _end(e: BaseException, program: Program) -> int:
     return BAD_INPUT if known else UNFORESEEN
 
 
+def gpu_is_full(e: Exception) -> bool:
+    """Whether an exception says that a GPU has no memory left: torch's own class, or plain errors of CUDA and its libraries."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(e).__mro__) or bool(_GPU_FULL.search(str(e)))
+
+
 def _known(e: Exception, program: Program) -> str | None:
     """What to say about an exception that a machine's limits explain."""
     text = str(e)
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(e).__mro__) or _GPU_FULL.search(text):
+    if gpu_is_full(e):
         return f"the GPU's memory is full; {program.smaller}: {_short(e)}"
     if isinstance(e, MemoryError) or _MEMORY_FULL.search(text):
         return f"this machine's memory is full; {program.smaller}, or use a machine with more: {_short(e)}"

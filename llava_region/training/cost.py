@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,12 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava_region.files import read_json, write_json
 from llava_region.run_files import COST_FILE
 
+OverRanks = Callable[[torch.Tensor, Literal["sum", "max"]], torch.Tensor]  # sum or maximum of a tensor over all ranks, a collective
+
 
 class CostMeter(TrainerCallback):
     """Counts time, samples and tokens of a run; a resumed run goes on from what its checkpoint says.
 
     Tokens are those that enter the language model: text, and the features in place of every image.
     They are summed on the device and read once, at the end.
+
+    A step's time is that of its micro batches, from when the trainer asks for one until it is done with it. What is logged, saved
+    or evaluated between two steps is left out.
     """
 
     def __init__(self) -> None:
@@ -31,15 +36,18 @@ class CostMeter(TrainerCallback):
             "samples": 0.0,
             "tokens": 0.0,
             "seconds_per_step": None,
+            "data_seconds_per_step": None,
             "peak_memory_bytes": 0,
             "batches_by_layers_recomputed": {},
         }
         self.recomputed: list[int] = []  # batches of this rank in which 0, 1, 2... layers were recomputed, where that varies
         self.step_seconds: list[float] = []
+        self.data_seconds: list[float] = []  # of each step, the part in which the trainer waited for its batches
         self.samples = 0
         self.tokens: torch.Tensor | None = None
         self.started: float | None = None
-        self.step_started: float | None = None
+        self._asked: float | None = None  # when the trainer asked for the next batch
+        self._step = self._waited = 0.0  # seconds of the step that has begun
 
     def resume(self, checkpoint: str | Path) -> None:
         """Take over the sums of the interrupted run from a checkpoint folder."""
@@ -49,13 +57,15 @@ class CostMeter(TrainerCallback):
             self.before = {key: saved.get(key, empty) for key, empty in self.before.items()}
 
     def count(self, inputs: Mapping[str, Any], image_tokens: torch.Tensor | None, features_per_image: int) -> None:
-        """Add one micro batch.
+        """Add one micro batch, which has just arrived.
 
         Args:
             inputs: `input_ids` (B, T), `attention_mask` (B, T); without ids, nothing is counted.
             image_tokens: (B, T) bool, True at the one token that an image's features replace.
             features_per_image: tokens that one image becomes.
         """
+        if self._asked is not None:
+            self._waited += time.perf_counter() - self._asked
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if ids is None:
             return
@@ -70,56 +80,75 @@ class CostMeter(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.step_started = time.perf_counter()
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._asked = time.perf_counter()
+
+    # the trainer asks for the next batch right after the last of these
+    on_log = on_save = on_evaluate = on_epoch_begin
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A micro batch is done; more of the same step follow."""
+        now = time.perf_counter()
+        if self._asked is not None:
+            self._step += now - self._asked
+        self._asked = now
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.step_started is not None:
-            self.step_seconds.append(time.perf_counter() - self.step_started)
+        self.on_substep_end(args, state, control)
+        self.step_seconds.append(self._step)
+        self.data_seconds.append(self._waited)
+        self._step = self._waited = 0.0
 
-    def totals(self, args: Any, state: Any, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """The content of `cost.json`. Collective: every rank has to call it.
+    def totals(self, args: Any, state: Any, over_ranks: OverRanks) -> dict[str, Any]:
+        """The content of `cost.json`: what all ranks did together, and the time and memory of the one that took most. Collective.
 
         Args:
             args: the TrainingArguments; state: transformers' `TrainerState`.
-            reduce_sum: sum of a tensor over all ranks.
         """
         device = args.device
         tokens = self.tokens if self.tokens is not None else 0
         sums = torch.stack([torch.as_tensor(float(self.samples), device=device), torch.as_tensor(tokens, device=device).float()])
-        samples, tokens = reduce_sum(sums.double()).tolist()
+        samples, tokens = over_ranks(sums.double(), "sum").tolist()
         gpus = args.world_size * max(args.n_gpu, 1)  # one process has several under torch.nn.DataParallel
         now = (time.perf_counter() - self.started) / 3600 if self.started else 0.0
         hours = self.before["hours"] + now
         samples, tokens = samples + self.before["samples"], tokens + self.before["tokens"]
-        recomputed = self._recomputed(reduce_sum, device) if self.recomputed else self.before["batches_by_layers_recomputed"]
+        recomputed = self._recomputed(over_ranks, device) if self.recomputed else self.before["batches_by_layers_recomputed"]
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        steady = self.step_seconds[1:] or self.step_seconds
+        step, waited = statistics.median(_steady(self.step_seconds)), statistics.fmean(_steady(self.data_seconds))
+        most = torch.tensor([step, waited, peak_memory()], dtype=torch.float64, device=device)
+        step, waited, peak = over_ranks(most, "max").tolist()
         seconds = max(hours * 3600, 1e-9)
         return {
             "gpus": gpus,
             "hours": hours,
             "gpu_hours": self.before["gpu_hours"] + now * gpus,
             "steps": state.global_step,
-            "seconds_per_step": statistics.median(steady) if steady else self.before["seconds_per_step"],
+            "seconds_per_step": step if self.step_seconds else self.before["seconds_per_step"],
+            "data_seconds_per_step": waited if self.step_seconds else self.before["data_seconds_per_step"],
             "samples": samples,
             "tokens": tokens,
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": max(peak_memory(), self.before["peak_memory_bytes"]),
+            "peak_memory_bytes": max(int(peak), self.before["peak_memory_bytes"]),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             **({"batches_by_layers_recomputed": recomputed} if recomputed else {}),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
 
-    def _recomputed(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, int]:
+    def _recomputed(self, over_ranks: OverRanks, device: torch.device) -> dict[str, int]:
         """Micro batches of all ranks by the number of layers that were recomputed."""
         batches = dict(self.before["batches_by_layers_recomputed"])
-        for layers, count in enumerate(reduce_sum(torch.tensor(self.recomputed, device=device)).tolist()):
+        for layers, count in enumerate(over_ranks(torch.tensor(self.recomputed, device=device), "sum").tolist()):
             if count:
                 batches[str(layers)] = batches.get(str(layers), 0) + count
         return {str(layers): batches[str(layers)] for layers in sorted(map(int, batches))}
+
+
+def _steady(seconds: list[float]) -> list[float]:
+    """Without the first step, which compiles kernels and starts the data's workers."""
+    return seconds[1:] or seconds or [0.0]
 
 
 def peak_memory() -> int:

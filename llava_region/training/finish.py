@@ -20,6 +20,8 @@ from llava_region.region import Region
 from llava_region.run_files import NON_LORA_FILE
 from llava_region.training.cost import write_cost
 
+WAITED = 0.1  # of a step's time: what more is spent waiting for data is worth a line
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -53,6 +55,12 @@ def finish(run: RegionRun) -> None:
     batches = totals.get("batches_by_layers_recomputed")
     if batches:
         print(f"layers recomputed: {', '.join(f'{layers} in {count:,}' for layers, count in batches.items())} batches")
+    step, waited = totals["seconds_per_step"] or 0.0, totals["data_seconds_per_step"] or 0.0
+    if waited > WAITED * step:
+        workers = trainer.args.dataloader_num_workers
+        print(
+            f"{waited:.2f} s of each step's {step:.2f} s were spent waiting for data; more than --dataloader_num_workers {workers} may help"
+        )
     print(f"done: {folder} ({totals['gpu_hours']:.2f} GPU hours, {totals['samples_per_second']:.1f} samples/s)")
 
 

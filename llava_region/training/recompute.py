@@ -13,6 +13,7 @@ from torch import nn
 
 from llava_region.decoder import find_decoder_layers, parent_of
 from llava_region.errors import UnsupportedUpstream
+from llava_region.errors.ending import gpu_is_full
 from llava_region.training.kept_memory import activations_by_size, automatic_budget
 from llava_region.training.lean_layers import LeanLayers
 from llava_region.training.recompute_plan import BY_HAND, BatchPlans, Choice, Levels, Plan, Workload, make_plan
@@ -143,15 +144,16 @@ def _checkpoint_some(upstream: Callable[..., Any], layers: nn.ModuleList, plan: 
 
 @contextmanager
 def out_of_memory_hint(policy: str, gradient_checkpointing: bool) -> Iterator[None]:
-    """Have an out-of-memory error name the flag that helps; the error keeps its class and its own message.
+    """Have it name the flag that helps when the GPU's memory is full; the error keeps its class and its own message.
 
     Args:
         policy: `--region_checkpointing`.
     """
-    error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     try:
         yield
-    except error as e:
+    except RuntimeError as e:
+        if not gpu_is_full(e):
+            raise
         hint = {
             "none": "--region_checkpointing region or all",
             "region": "--region_checkpointing all",
@@ -159,4 +161,4 @@ def out_of_memory_hint(policy: str, gradient_checkpointing: bool) -> Iterator[No
             "all": "a smaller --per_device_train_batch_size",
         }[policy]
         hint = hint if gradient_checkpointing else "--gradient_checkpointing True"
-        raise type(e)(f"{e} To train in less memory: {hint}.") from e
+        raise type(e)(f"to train in less memory, give {hint}. {e}") from e  # first, since the messages are long and get cut

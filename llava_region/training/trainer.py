@@ -116,9 +116,8 @@ class RegionTrainerMixin(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         upstream = self.run.upstream
         self.meter.count(inputs, upstream.image_tokens(inputs), upstream.features_per_image(self.model))
-        with out_of_memory_hint(self.args.region_checkpointing, self.args.gradient_checkpointing):
-            self.first_step.before(model, inputs)
-            loss = super().training_step(model, inputs, *args)
+        self.first_step.before(model, inputs)
+        loss = super().training_step(model, inputs, *args)
         self.first_step.after()
         return loss
 
@@ -135,7 +134,7 @@ class RegionTrainerMixin(Trainer):
         plan = self.first_step.plan
         if plan is not None and plan.batches is not None:
             self.meter.recomputed = [plan.batches.counts[layers] for layers in range(len(plan.batches.levels.order) + 1)]
-        return self.meter.totals(self.args, self.state, lambda t: self.over_ranks(t, "sum"))
+        return self.meter.totals(self.args, self.state, self.over_ranks)
 
     def _save_checkpoint(self, model: Any, trial: Any, metrics: dict[str, float] | None = None) -> None:
         """Save as upstream, then add what upstream leaves out; older checkpoints are removed only after that."""
@@ -172,7 +171,8 @@ class RegionTrainerMixin(Trainer):
             # DeepSpeed accumulates by itself; its engine's no_sync, which accelerate would enter, refuses ZeRO and steps
             self.accelerator.no_sync = lambda model: nullcontext()
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with out_of_memory_hint(self.args.region_checkpointing, self.args.gradient_checkpointing):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         except AllStepsDone:
             output = TrainOutput(self.state.global_step, 0.0, {})
         self.stop.raise_if_stopped(self.state, self.args.output_dir)

@@ -90,6 +90,11 @@ def full(argument: int) -> OSError:
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU's memory is full; give a smaller"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "the GPU's memory is full"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's memory is full"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory is full"),
+        (
+            RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+            "the GPU's memory is full",
+        ),
         (MemoryError(), "this machine's memory is full; give a smaller"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"), "machine's memory"),
         (full(errno.ENOSPC), "/data/model: No space left on device; free some space"),

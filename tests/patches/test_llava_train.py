@@ -67,6 +67,7 @@ def test_cost(lora):
     # 16 patches an image in the tiny tower, and some text
     assert cost["tokens"] > 8 * 16 and cost["peak_memory_bytes"] > 1e6 and cost["trainable_parameters"] == 22656
     assert cost["first_loss"] > 0 and cost["layers"] == [1, 6]
+    assert 0 < cost["data_seconds_per_step"] < cost["seconds_per_step"] * 2  # a median of the one, a mean of the other
 
 
 def test_arguments_load_without_us(lora):

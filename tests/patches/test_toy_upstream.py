@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def test_lora_trains_the_region_alone(toy, tmp_path, capsys):
     assert {name.rpartition("bridge")[1] for name in beside} == {"bridge"}
     assert region_train.main(flags(toy, out, "--rank", "4", "--tune_layers", "0,2", "--max_steps", "3")) == 0
     assert "resuming from" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_full_in_the_optimizers_step(toy, tmp_path, capsys, monkeypatch):
+    def step(self, closure=None):
+        raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. {'Tried to allocate 2.00 GiB. ' * 20}")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert region_train.main(flags(toy, tmp_path / "out", "--tune_layers", "1", "--gradient_checkpointing", "False")) == 2
+    assert "to train in less memory, give --gradient_checkpointing True. CUDA out" in capsys.readouterr().err
+
+
+def test_waiting_for_data_is_told(toy, tmp_path, capsys, monkeypatch):
+    records = importlib.import_module("toy.train").Records
+    plain = records.__getitem__
+    monkeypatch.setattr(records, "__getitem__", lambda self, i: (time.sleep(0.2), plain(self, i))[1])
+    assert region_train.main(flags(toy, tmp_path / "out", "--tune_layers", "1", "--save_strategy", "no")) == 0
+    cost = json.loads((tmp_path / "out" / "cost.json").read_text())
+    # two samples a step
+    assert 0.4 <= cost["data_seconds_per_step"] <= cost["seconds_per_step"]
+    assert "of each step's" in capsys.readouterr().out
 
 
 def test_full_tuning_changes_the_region_and_the_projector_alone(toy, tmp_path):

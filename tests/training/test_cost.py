@@ -1,6 +1,7 @@
 """What cost.json says of a run that was interrupted, or runs on several GPUs."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ STATE = SimpleNamespace(global_step=10, log_history=[{"loss": 2.0}, {"loss": 1.0
 
 
 def totals(meter: CostMeter, args: SimpleNamespace) -> dict:
-    return meter.totals(args, STATE, lambda tensor: tensor * args.world_size)
+    """Of ranks that all did what this one did, the last of which took three times as much of everything."""
+    return meter.totals(args, STATE, lambda tensor, how: tensor * (args.world_size if how == "sum" else min(args.world_size, 3)))
 
 
 def test_a_resumed_run_adds_to_what_its_checkpoint_says(tmp_path):
@@ -43,3 +45,31 @@ def test_one_process_with_several_gpus():
     meter.started -= 3600
     cost = totals(meter, arguments(1, gpus_a_rank=2))
     assert cost["gpus"] == 2 and cost["gpu_hours"] == pytest.approx(2, abs=1e-2)
+
+
+def test_the_slowest_and_the_fullest_rank_are_named():
+    one, many = CostMeter(), CostMeter()
+    for meter in (one, many):
+        meter.on_train_begin(None, None, None)
+        meter.step_seconds, meter.data_seconds = [9.0, 1.0, 2.0, 1.0], [5.0, 0.1, 0.1, 0.4]
+    alone, four = totals(one, arguments(1)), totals(many, arguments(4))
+    assert (alone["seconds_per_step"], alone["data_seconds_per_step"]) == (1.0, pytest.approx(0.2))  # without the first step
+    assert (four["seconds_per_step"], four["data_seconds_per_step"]) == (3.0, pytest.approx(0.6))
+    assert four["peak_memory_bytes"] > 2 * alone["peak_memory_bytes"]
+
+
+def test_waiting_for_data_is_part_of_a_step_and_saving_is_not():
+    meter = CostMeter()
+    meter.on_train_begin(None, None, None)
+    meter.on_epoch_begin(None, None, None)
+    inputs = {"input_ids": torch.tensor([[1, 2]])}
+    for _ in range(2):
+        for done in (meter.on_substep_end, meter.on_step_end):
+            time.sleep(0.02)  # the batch is made
+            meter.count(inputs, None, 16)
+            time.sleep(0.01)  # and trained on
+            done(None, None, None)
+        time.sleep(0.5)  # a checkpoint is saved
+        meter.on_save(None, None, None)
+    for seconds, waited in zip(meter.step_seconds, meter.data_seconds, strict=True):
+        assert 0.04 <= waited <= seconds - 0.02 and seconds < 0.5

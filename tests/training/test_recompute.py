@@ -1,5 +1,7 @@
 """Recomputing some decoder layers: gradients are those of full recomputation."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -157,9 +159,13 @@ def test_install_needs_gradient_checkpointing():
     [("none", "--region_checkpointing region or all"), ("auto", "--region_memory"), ("all", "--per_device_train_batch_size")],
 )
 def test_out_of_memory_names_the_flag(policy, hint):
-    error = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    with pytest.raises(error, match=f"CUDA out of memory.*{hint}"), out_of_memory_hint(policy, True):
-        raise error("CUDA out of memory.")
+    for error, text in (
+        (torch.cuda.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "CUDA error: out of memory"),
+    ):
+        with pytest.raises(error, match=f"^to train in less memory, give .*{hint}.* {re.escape(text)}$"), out_of_memory_hint(policy, True):
+            raise error(text)
     with pytest.raises(RuntimeError, match=r"^another$"), out_of_memory_hint(policy, True):
         raise RuntimeError("another")
 
