@@ -50,7 +50,8 @@ from llava_region.errors import LlavaRegionError
 from llava_region.progress import deepspeed_on_stderr, track
 from llava_region.region import Region
 from llava_region.training import recompute, supervised_loss
-from llava_region.training.kept_memory import activations_of, free_memory, saved_peak
+from llava_region.training.kept_memory import activations_of, free_memory
+from llava_region.training.kept_tensors import saved_peak
 from llava_region.training.recompute_plan import Plan, Workload, make_plan
 from llava_region.training.sizes import format_size, parse_size
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from llava_region import processes
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.llava_family import LLaVAFamily, settings_without_tower, tokens_of_tower, vision_model
 from llava_region.patches.seams import import_upstream, require
@@ -214,15 +215,25 @@ class LLaVA(LLaVAFamily):
         )
 
     def check_script(self, script: str) -> None:
-        if script == "train_mem.py" and importlib.util.find_spec("flash_attn") is None:
+        needs = {"train_mem.py": ("flash_attn", "flash attention", "flash-attn")}
+        if not _has_sdpa():
+            needs["train_xformers.py"] = ("xformers", "xformers", "xformers")
+        package, title, name = needs.get(script, (None, "", ""))
+        if package and importlib.util.find_spec(package) is None:
             raise LlavaRegionError(
-                f"{script} asks for flash attention, which is not installed; install flash-attn, or give train.py or 'llava' instead"
+                f"{script} asks for {title}, which is not installed; install {name}, or give train.py or 'llava' instead"
             )
 
     def entry(self, script: str) -> Callable[[], None]:
         """Each of LLaVA's scripts asks for another attention implementation."""
         super().entry(script)  # refuses an unknown one
-        if script == "train_xformers.py":
+        if script == "train_xformers.py" and _has_sdpa():
+            if processes.is_first():
+                print(
+                    f"{script}: attention is torch's own (SDPA); LLaVA's patch for xformers has no effect with this transformers",
+                    flush=True,
+                )
+        elif script == "train_xformers.py":
             # replaces Llama's attention, and has to run before the model classes are used
             patch = import_upstream("llava.train.llama_xformers_attn_monkey_patch", self.title, "install xformers, or use train_mem.py")
             patch.replace_llama_attn_with_xformers_attn()
@@ -231,6 +242,13 @@ class LLaVA(LLaVAFamily):
 
     def model_side(self) -> LLaVAModels:
         return import_upstream("llava_region.patches.llava_model", self.title, self.how_to_get).LLaVAModels()
+
+
+def _has_sdpa() -> bool:
+    """Whether transformers' Llama computes attention by torch's SDPA, in a class of its own that LLaVA's patch for xformers misses."""
+    from transformers.utils import is_torch_sdpa_available
+
+    return is_torch_sdpa_available()
 
 
 def _check_backbone(args: Namespace, config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from llava_region import processes
-from llava_region.decoder import layer_index, part_of
+from llava_region.decoder import part_of
 from llava_region.training.empty_model import empty_model, unwrapped
 from llava_region.training.kept_memory import MARGIN, activations_of, free_memory
 from llava_region.training.preflight import Preflight, zero_settings
@@ -187,5 +187,10 @@ def estimate_memory(model: nn.Module, args: Namespace, recipe: Recipe, gpus: int
 
 
 def _bytes_per_weight(name: str, parameter: nn.Parameter, recipe: Recipe, width: int) -> float:
-    quantised = recipe.bits != 16 and layer_index(name) is not None and parameter.dim() == 2 and "lora_" not in name
+    quantised = recipe.bits != 16 and in_few_bits(name, parameter)
     return QUANTISED[recipe.bits, recipe.double_quantised] if quantised else width
+
+
+def in_few_bits(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `--bits 4` and `--bits 8` quantise a parameter: the upstreams exempt the projector alone, so the head is among them."""
+    return part_of(name) in ("layer", "head") and parameter.dim() == 2 and "lora_" not in name

@@ -18,6 +18,7 @@ from llava_region import processes
 from llava_region.checkpoints.model_source import LAYER_COUNT_KEYS, width_in
 from llava_region.decoder import declared, find_decoder_layers, layer_index, linear_modules, parent_of, part_of
 from llava_region.errors import UnsupportedUpstream
+from llava_region.training.kept_tensors import kept_by
 from llava_region.training.lean_layers import LeanLayers
 from llava_region.training.recompute_plan import Activations, Workload
 from llava_region.training.supervised_loss import causal_of, logits_at_once
@@ -96,7 +97,7 @@ def measure(model: nn.Module, layers: Iterable[int], context: Context = nullcont
         if layer not in sizes:
             return (hidden,)
         with wrapped.active(lean):
-            output, kept = _kept_by(function, hidden.detach().requires_grad_(), arguments)
+            output, kept = kept_by(function, hidden.detach().requires_grad_(), *arguments)
         sizes[layer].append(kept)
         return output
 
@@ -132,61 +133,6 @@ def _layers_run_by(parent: Any, function: Callable[..., Any]) -> Iterator[None]:
                 parent.__dict__.pop(name, None)
             else:
                 setattr(parent, name, value)
-
-
-def _kept_by(function: Any, hidden: torch.Tensor, arguments: tuple[Any, ...]) -> tuple[Any, int]:
-    """Output of a bound `layer.__call__`, and the bytes of the storages autograd keeps that would not live anyway."""
-    layer = function.__self__
-    alive = [*layer.parameters(), *layer.buffers(), hidden, *(a for a in arguments if isinstance(a, torch.Tensor))]
-    known = {_storage(tensor)[0] for tensor in alive}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        address, size = _storage(tensor)
-        if address not in known:
-            kept[address] = size
-        return tensor  # the graph holds it, so its address is not given to another tensor meanwhile
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = function(hidden, *arguments)
-    return output, sum(kept.values())
-
-
-@contextmanager
-def saved_peak() -> Iterator[Callable[[], int]]:
-    """Follow what autograd keeps for the backward pass within the block, forward and backward on this thread (so: on CPU).
-
-    Yields a function that returns the most bytes that were alive at once, parameters not counted. What a checkpoint keeps,
-    and what it computes again, is included.
-    """
-    users: dict[tuple[int, int], int] = {}
-    alive = peak = 0
-
-    class Kept:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            nonlocal alive, peak
-            self.tensor, self.storage = tensor, _storage(tensor)
-            users[self.storage] = users.get(self.storage, 0) + 1
-            alive += self.storage[1] if users[self.storage] == 1 else 0
-            peak = max(peak, alive)
-
-        def __del__(self) -> None:
-            nonlocal alive
-            users[self.storage] -= 1
-            if not users[self.storage]:
-                del users[self.storage]
-                alive -= self.storage[1]
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor | Kept:
-        return tensor if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) else Kept(tensor)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
-        yield lambda: peak
-
-
-def _storage(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
 
 
 def _random_inputs(parent: Any, length: int) -> dict[str, torch.Tensor]:

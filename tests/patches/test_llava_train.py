@@ -253,7 +253,7 @@ def test_a_gradient_that_stops_short_is_caught(tiny, tmp_path, capsys):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
+def test_scripts_ask_for_their_attention(monkeypatch, tmp_path, capsys):
     """A checkout's script by path: which attention implementation train() gets."""
     import llava.train.train as upstream
 
@@ -261,15 +261,23 @@ def test_scripts_ask_for_their_attention(monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(upstream, "train", lambda attn_implementation=None: asked.append(attn_implementation))
-    for script in ("train.py", "train_mem.py"):
+    for script in ("train.py", "train_mem.py", "train_xformers.py"):
         path = tmp_path / "llava" / "train" / script
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
         request = region_train.parse(["--local_rank=0", str(path), "--bf16", "True"])
         assert request.upstream is llava.UPSTREAM and request.script == script and request.flags == ["--local_rank=0", "--bf16", "True"]
         llava.UPSTREAM.entry(script)()
-    assert asked == [None, "flash_attention_2"]
-    sys.path.remove(str(tmp_path))
+        sys.path.remove(str(tmp_path))
+    assert asked == [None, "flash_attention_2", None]
+    # the class that LLaVA's patch replaces is not the one that computes
+    assert "train_xformers.py: attention is torch's own (SDPA)" in capsys.readouterr().out
+    llava.UPSTREAM.check_script("train_xformers.py")
+    with pytest.raises(LlavaRegionError, match="flash attention, which is not installed; install flash-attn, or give"):
+        llava.UPSTREAM.check_script("train_mem.py")
+    monkeypatch.setattr("transformers.utils.is_torch_sdpa_available", lambda: False)  # torch 2.1.0
+    with pytest.raises(LlavaRegionError, match="xformers, which is not installed; install xformers, or give"):
+        llava.UPSTREAM.check_script("train_xformers.py")
 
 
 def test_library_resumes_and_removes_nothing_of_another_run(lora, tiny, tmp_path, monkeypatch):

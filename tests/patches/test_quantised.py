@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 
 from llava_region.decoder import layer_index
 from llava_region.patches.quantised import quantised_loading
+from llava_region.training.dry_run import in_few_bits
 from tests.helpers.training_runs import environment
 
 
@@ -25,6 +26,10 @@ def test_lora_on_a_region_of_quantised_layers(tmp_path, bits, layer):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kind"] == f"bitsandbytes.nn.modules.{layer}" and found["wrapped"] == ["peft.tuners.lora.bnb"]
+    model = LlamaForCausalLM(config)  # of which a dry run counts the bytes
+    assert (
+        found["quantised"] == sorted(name for name, p in model.named_parameters() if in_few_bits(name, p)) and len(found["quantised"]) == 29
+    )
     assert len(found["trained"]) == 28 and {layer_index(name) for name in found["trained"]} == {1, 3}
 
 

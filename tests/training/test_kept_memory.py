@@ -9,7 +9,8 @@ from torch import nn
 
 from llava_region.decoder import parent_of
 from llava_region.training import kept_memory as memory
-from llava_region.training.kept_memory import KeptBytes, measure, saved_peak
+from llava_region.training.kept_memory import KeptBytes, measure
+from llava_region.training.kept_tensors import saved_peak
 from llava_region.training.recompute import install
 from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, gradients, plan_of, workload
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llava_region.decoder import find_decoder_layers
-from llava_region.training.kept_memory import measure, saved_peak
+from llava_region.training.kept_memory import measure
+from llava_region.training.kept_tensors import saved_peak
 from llava_region.training.lean_layers import LeanLayers
 from llava_region.training.recompute import install
 from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, plan_of

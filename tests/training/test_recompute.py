@@ -9,7 +9,7 @@ from torch import nn
 from llava_region.decoder import find_decoder_layers, layer_index, parent_of
 from llava_region.errors import UnsupportedUpstream
 from llava_region.training import kept_memory as memory
-from llava_region.training.kept_memory import saved_peak
+from llava_region.training.kept_tensors import saved_peak
 from llava_region.training.recompute import install, out_of_memory_hint, set_up, uninstall
 from llava_region.training.recompute_plan import Workload
 from tests.helpers.region_models import FAMILIES, assert_equal, batch, build, count_forwards, gradients, plan_of, workload
