@@ -179,6 +179,7 @@ def train_region(request: Request) -> None:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
     from llava_region.training import dry_run, preflight, small_step, together
+    from llava_region.training.deepspeed_config import build_cpu_adam
 
     upstream = _upstream_of(request)
     upstream.train_module()
@@ -195,6 +196,9 @@ def train_region(request: Request) -> None:
         return
     upstream.check_script(request.script)
     let_segments_grow(os.environ)
+    if checked.args.deepspeed:
+        with processes.joined():
+            together.on_all(lambda: build_cpu_adam(checked.args.deepspeed, checked.recipe))
     if checked.args.region_memory:
         dry_run.check_region_memory(upstream, checked)
     for name, text in checked.remarks:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json
 
 if TYPE_CHECKING:
@@ -94,3 +95,34 @@ def _whole_counts(zero: dict[str, Any]) -> list[str]:
             zero[name] = int(value)
             said.append(f'"{name}": {value} is not a whole number, and is {zero[name]}')
     return said
+
+
+def takes_cpu_adam(settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is offloaded, and is DeepSpeed's Adam for CPUs: accelerate has it take the place of the trainer's."""
+    zero, own = settings.get("zero_optimization", {}), settings.get("optimizer")
+    if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
+        return False
+    if own is None:
+        return settings.get("zero_force_ds_cpu_optimizer", True)
+    return str(own.get("type")).lower() in ("adam", "adamw") and not (own.get("params") or {}).get("torch_adam")
+
+
+def build_cpu_adam(path: str | Path, recipe: Recipe) -> None:
+    """Have DeepSpeed compile its Adam for CPUs where a config needs it. It would do so after weights are loaded.
+
+    Raises:
+        LlavaRegionError: it cannot be compiled here.
+    """
+    settings, _ = corrected(path, recipe)
+    if not takes_cpu_adam(settings):
+        return
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as e:  # of torch, ninja, the compiler or CUDA
+        why = " ".join(str(e).split())[:200]
+        raise LlavaRegionError(
+            f"{path} offloads the optimizer, for which DeepSpeed compiles its Adam, and that failed ({why}); it needs a C++ compiler and "
+            "ninja, and with a GPU the CUDA toolkit of torch's version (CUDA_HOME); or give a config without offload_optimizer"
+        ) from e

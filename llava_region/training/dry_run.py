@@ -192,5 +192,5 @@ def _bytes_per_weight(name: str, parameter: nn.Parameter, recipe: Recipe, width:
 
 
 def in_few_bits(name: str, parameter: nn.Parameter) -> bool:
-    """Whether `--bits 4` and `--bits 8` quantise a parameter: the upstreams exempt the projector alone, so the head is among them."""
+    """Whether QLoRA has a parameter in 4 or 8 bits: the upstreams exempt the projector alone, so the head is among them."""
     return part_of(name) in ("layer", "head") and parameter.dim() == 2 and "lora_" not in name

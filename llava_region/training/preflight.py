@@ -20,7 +20,7 @@ from llava_region.files import read_json
 from llava_region.region import Region
 from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHT_GLOBS
 from llava_region.training.arguments import did_you_mean
-from llava_region.training.deepspeed_config import corrected, gathers_weights, hidden_size
+from llava_region.training.deepspeed_config import corrected, gathers_weights, hidden_size, takes_cpu_adam
 from llava_region.training.recompute_plan import check_flags
 from llava_region.training.run_data import check_run_data
 from llava_region.training.trainer_flags import check_trainer_flags
@@ -218,6 +218,11 @@ def check_deepspeed(args: Namespace, recipe: Recipe, config: Mapping[str, Any]) 
     if ignoring and recipe.projector_rate is not None:
         flag = recipe.flags["projector_rate"]
         raise LlavaRegionError(f"the '{ignoring}' in {path} would ignore {flag}; remove that entry, the flags set the rates")
+    if takes_cpu_adam(settings) and "optimizer" not in settings and "adamw" not in args.optim:
+        raise LlavaRegionError(
+            f"{path} offloads the optimizer, and DeepSpeed's AdamW would take the place of --optim {args.optim}; leave that flag out, or "
+            'set "zero_force_ds_cpu_optimizer": false'
+        )
     if zero.get("stage") == 3:
         _check_zero3(args, recipe, zero, path)
     return settings, said

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,6 +32,7 @@ from tests.helpers.training_runs import (
 
 pytestmark = [pytest.mark.slow, needs_zero_on_cpu]
 
+RECIPES = Path(__file__).parents[2] / "scripts" / "deepspeed"
 # bf16: upstream casts the vision tower to half precision, which ZeRO-3 does not mix with fp32
 ZERO = {"use_cpu": None, "bf16": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
 
@@ -109,6 +111,36 @@ def test_killed_and_resumed_ends_close(whole, tmp_path):
         assert expected.keys() == found.keys()
         for name in expected:
             torch.testing.assert_close(found[name].float(), expected[name].float(), atol=2e-5, rtol=2e-2)
+
+
+def offloaded(flags: list[str], out: Path) -> list[str]:
+    """The flags of a run into another folder, with weights and optimizer in the CPU's memory."""
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    given |= {"--deepspeed": str(RECIPES / "zero3_offload.json"), "--output_dir": str(out)}
+    return [part for item in given.items() for part in item]
+
+
+def test_offloaded_ends_close(whole, tmp_path):
+    """DeepSpeed's own Adam, which is compiled here, takes the same steps."""
+    out, _, flags = whole
+    done = train([*offloaded(flags, tmp_path / "run"), "--tune_layers", "1,6"], launcher=torchrun(2))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "first step: layers 1,6 have gradients" in done.stdout
+    for read in (adapter, projector):
+        expected, found = read(out), read(tmp_path / "run")
+        assert expected.keys() == found.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name].float(), expected[name].float(), atol=2e-5, rtol=2e-2)
+
+
+def test_an_adam_that_cannot_be_compiled_is_found_before_weights_load(whole, tmp_path, monkeypatch):
+    _, _, flags = whole
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "/bin/false")
+    done = train([*offloaded(flags, tmp_path / "run"), "--tune_layers", "1,6"])
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "offloads the optimizer, for which DeepSpeed compiles its Adam, and that failed" in line, done.stderr
+    assert "or give a config without offload_optimizer" in line and not (tmp_path / "run").exists()
 
 
 def test_deepspeed_launcher_and_full_tuning(tiny, options, tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llava_region.patches.upstream import Recipe
-from llava_region.training.deepspeed_config import correct, corrected, gathers_weights, hidden_size, left_to_flags
+from llava_region.training.deepspeed_config import correct, corrected, gathers_weights, hidden_size, left_to_flags, takes_cpu_adam
 from tests.helpers.launch_lines import CONFIGS
 
 LORA = Recipe(projector_rate=2e-5, flags={"projector_rate": "--projector_lr"})
@@ -90,3 +90,23 @@ def test_hidden_size():
 
     assert hidden_size(LlamaConfig(hidden_size=96)) == 96
     assert hidden_size({"d_model": 128}) == 128 and hidden_size({"hidden_sizes": [8, 32]}) == 32 and hidden_size({}) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, False),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "cpu"}}}, False),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "AdamW"}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "Lion"}}, False),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "Adam", "params": {"torch_adam": True}}},
+            False,
+        ),
+    ],
+)
+def test_who_needs_deepspeeds_adam(settings, expected):
+    assert takes_cpu_adam(settings) is expected

@@ -115,6 +115,9 @@ def test_deepspeed_config(refused, tmp_path):
     # DeepSpeed's schedulers give every parameter group the one rate
     path.write_text(json.dumps({**good, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-4}}}))
     assert "'scheduler' in" in (line := refused(deepspeed=path)) and "would ignore --mm_projector_lr" in line
+    with_zero(offload_optimizer={"device": "cpu"})
+    line = refused(deepspeed=path, bf16=True, optim="adafactor")
+    assert "offloads the optimizer, and DeepSpeed's AdamW would take the place of --optim adafactor; leave that flag out" in line
     path.write_text("{")
     assert "not valid JSON" in refused(deepspeed=path)
     path.write_text(json.dumps(good))
