@@ -281,3 +281,10 @@ def refuse_existing(path: str | Path, force: bool = False) -> None:
             raise LlavaRegionError(f"{path} exists; give another output, or --force to replace it")
     except OSError as e:  # such as a name that is too long
         raise LlavaRegionError(f"cannot write {path}: {e.strerror}") from e
+
+
+def recipes_folder() -> Path:
+    """Where this package's launchers and DeepSpeed configs are: `recipes/` in an installed wheel, `scripts/` next to it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "scripts"

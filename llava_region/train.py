@@ -178,16 +178,17 @@ def train_region(request: Request) -> None:
     Raises:
         LlavaRegionError: bad input, before weights load; or a run that would be silently wrong.
     """
-    from llava_region.training import dry_run, preflight, small_step, together
+    from llava_region.training import dry_run, preflight, small_step, together, zero_choice
     from llava_region.training.deepspeed_config import build_cpu_adam
 
     upstream = _upstream_of(request)
     upstream.train_module()
-    sys.argv = [sys.argv[0], *request.flags]
     if "--tune_layers" not in request.own:
         raise LlavaRegionError(f"{request.own[0]} needs --tune_layers; to train every layer, give --tune_layers all")
     with processes.joined():
-        checked = together.on_all(lambda: preflight.check(upstream, request.flags))
+        flags = zero_choice.with_config(request.flags, together.on_first(lambda: zero_choice.chosen(upstream, request.flags)))
+        sys.argv = [sys.argv[0], *flags]
+        checked = together.on_all(lambda: preflight.check(upstream, flags))
     if checked.args.dry_run:
         if processes.is_first():
             found = dry_run.estimate(upstream, checked)

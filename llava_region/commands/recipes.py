@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from llava_region.files import recipes_folder
+
 FOLDERS = {
     "train": "one launcher per model; the settings are listed at the top of common.sh",
     "reproduce": "one driver for each of the paper's tables and figures",
@@ -51,10 +53,3 @@ def copy(folder: Path, force: bool = False) -> list[str]:
         for name in FOLDERS:
             copytree(source / name, temporary / name, ignore=ignore_patterns("__pycache__"))
         return sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-
-
-def recipes_folder() -> Path:
-    """Where the recipes are: `recipes/` in an installed wheel, `scripts/` next to the package in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "scripts"

@@ -97,10 +97,15 @@ def _whole_counts(zero: dict[str, Any]) -> list[str]:
     return said
 
 
+def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    """Whether ZeRO keeps something outside the GPU: `param` or `optimizer`."""
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
 def takes_cpu_adam(settings: Mapping[str, Any]) -> bool:
     """Whether the optimizer is offloaded, and is DeepSpeed's Adam for CPUs: accelerate has it take the place of the trainer's."""
-    zero, own = settings.get("zero_optimization", {}), settings.get("optimizer")
-    if (zero.get("offload_optimizer") or {}).get("device", "none") == "none":
+    own = settings.get("optimizer")
+    if not is_offloaded(settings.get("zero_optimization", {}), "optimizer"):
         return False
     if own is None:
         return settings.get("zero_force_ds_cpu_optimizer", True)

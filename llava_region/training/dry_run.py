@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from llava_region import processes
 from llava_region.decoder import part_of
 from llava_region.training.empty_model import empty_model, unwrapped
 from llava_region.training.kept_memory import MARGIN, activations_of, free_memory
+from llava_region.training.model_states import Memory, estimate_memory
 from llava_region.training.preflight import Preflight, zero_settings
 from llava_region.training.recompute import why_all
 from llava_region.training.recompute_plan import BY_HAND, Workload, make_plan
 from llava_region.training.sizes import parse_size
+from llava_region.training.zero_choice import zero_rows
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llava_region.upstreams import Recipe, Upstream
+    from llava_region.upstreams import Upstream
 
-# bytes per weight of a linear module: NF4 with (without) double quantisation of its scales, and LLM.int8
-QUANTISED = {(4, True): 0.516, (4, False): 0.5625, (8, True): 1.0, (8, False): 1.0}
 # what a trainable parameter is counted under, by the part of the model that it is in
 GROUPS = {"layer": "decoder layers", "projector": "projector", "vision": "vision tower", "embeddings": "embeddings", "head": "head"}
-
-
-class Memory(NamedTuple):
-    """Bytes per GPU for the states of a run, without activations."""
-
-    weights: float
-    gradients: float
-    optimizer: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Estimate:
         trains: trainable parameters by group: LoRA, decoder layers, projector, vision tower.
         gpus: how many the memory is for; stage: of ZeRO, 0 for none.
         memory: bytes per GPU, without activations.
-        activations: rows about the activations' memory, (name, text) each.
+        activations: rows about the activations' memory and the stages of ZeRO, (name, text) each.
     """
 
     model: str
@@ -64,11 +55,12 @@ def estimate(upstream: Upstream, preflight: Preflight) -> Estimate:
     args = preflight.args
     model = empty_model(upstream, preflight)
     gpus = args.dry_run_gpus or processes.world_size()
-    stage = zero_settings(args).get("stage", 0)
-    memory = estimate_memory(model, args, preflight.recipe, gpus, stage)
+    zero = zero_settings(args)
+    memory = estimate_memory(model, args, preflight.recipe, gpus, zero)
     return Estimate(
         model=type(unwrapped(model)).__name__, parameters=sum(p.numel() for p in model.parameters()), trains=trainable_groups(model),
-        gpus=gpus, stage=stage, memory=memory, activations=activation_rows(model, preflight, sum(memory)),
+        gpus=gpus, stage=zero.get("stage", 0), memory=memory,
+        activations=[*activation_rows(model, preflight, sum(memory)), *zero_rows(model, preflight, gpus)],
     )  # fmt: skip
 
 
@@ -165,32 +157,3 @@ def trainable_groups(model: nn.Module) -> dict[str, int]:
             group = "LoRA" if "lora_" in name else GROUPS[part_of(name)]
             groups[group] = groups.get(group, 0) + parameter.numel()
     return groups
-
-
-def estimate_memory(model: nn.Module, args: Namespace, recipe: Recipe, gpus: int, stage: int) -> Memory:
-    """Bytes per GPU of weights, gradients and AdamW's states.
-
-    Args:
-        stage: of ZeRO, 0 for none. ZeRO-1 shards the optimizer's states, 2 the gradients too, 3 the weights too; in half
-            precision DeepSpeed keeps fp32 weights and two moments, 12 bytes per trainable parameter.
-    """
-    half = args.bf16 or args.fp16
-    width = 2 if half else 4
-    weights = sum(p.numel() * _bytes_per_weight(name, p, recipe, width) for name, p in model.named_parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    states = 12 if half and args.deepspeed else 2 * width
-    return Memory(
-        weights / (gpus if stage >= 3 else 1),
-        trainable * width / (gpus if stage >= 2 else 1),
-        trainable * states / (gpus if stage >= 1 else 1),
-    )
-
-
-def _bytes_per_weight(name: str, parameter: nn.Parameter, recipe: Recipe, width: int) -> float:
-    quantised = recipe.bits != 16 and in_few_bits(name, parameter)
-    return QUANTISED[recipe.bits, recipe.double_quantised] if quantised else width
-
-
-def in_few_bits(name: str, parameter: nn.Parameter) -> bool:
-    """Whether QLoRA has a parameter in 4 or 8 bits: the upstreams exempt the projector alone, so the head is among them."""
-    return part_of(name) in ("layer", "head") and parameter.dim() == 2 and "lora_" not in name

@@ -15,7 +15,7 @@
 #                                      grouped by length. Bunny's own recipe is theirs
 #   REPORT_TO                          none, wandb, tensorboard, ...; default: the upstream's, which is every one that is installed
 #   SAVE_STEPS=500                     optimizer steps between checkpoints
-#   ZERO=zero3|zero2|zero3_offload|none|FILE.json   QLoRA: zero2 or none
+#   ZERO=zero3|zero2|zero3_offload|auto|none|FILE.json   auto: by the GPUs' memory and network, when training starts; QLoRA: zero2, auto or none
 #   LAUNCHER=deepspeed|torchrun|python   several nodes: torchrun; python: one process on one GPU
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: the same command on each, with its own NODE_RANK. In the pods of a
 #                                      Kubeflow PyTorchJob they come from the operator
@@ -156,12 +156,13 @@ choose_zero() {
     ZERO=${ZERO:-$default}
     case $ZERO in
         none) ZERO_FLAGS=() ;;
+        auto) ZERO_FLAGS=(--deepspeed auto) ;;
         *.json) ZERO_FLAGS=(--deepspeed "$ZERO") ;;
         *) ZERO_FLAGS=(--deepspeed "$SCRIPTS/deepspeed/$ZERO.json") ;;
     esac
-    [[ $ZERO == none || -f ${ZERO_FLAGS[1]} ]] || die "ZERO is '$ZERO'; allowed: zero2, zero3, zero3_offload, none or a DeepSpeed config FILE.json"
+    [[ $ZERO == none || $ZERO == auto || -f ${ZERO_FLAGS[1]} ]] || die "ZERO is '$ZERO'; allowed: zero2, zero3, zero3_offload, auto, none or a DeepSpeed config FILE.json"
     # bitsandbytes' packed 4-bit weights cannot be partitioned between the GPUs.
-    [[ $MODE != qlora || $ZERO != *zero3* ]] || die "QLoRA does not work with ZeRO-3; allowed with MODE=qlora: ZERO=zero2 or none"
+    [[ $MODE != qlora || $ZERO != *zero3* ]] || die "QLoRA does not work with ZeRO-3; allowed with MODE=qlora: ZERO=zero2, auto or none"
 }
 
 choose_mode() {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_region import files
 from llava_region.cli import main
 from llava_region.commands import recipes
 
@@ -104,10 +105,10 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_installed_recipes_go_before_a_checkouts(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "llava_region" / "commands" / "recipes.py"))
-    assert recipes.recipes_folder() == tmp_path / "scripts"
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "llava_region" / "files.py"))
+    assert files.recipes_folder() == tmp_path / "scripts"
     (tmp_path / "llava_region" / "recipes").mkdir(parents=True)
-    assert recipes.recipes_folder() == tmp_path / "llava_region" / "recipes"
+    assert files.recipes_folder() == tmp_path / "llava_region" / "recipes"
 
 
 def test_command_needs_no_torch(tmp_path):

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 
 from llava_region.decoder import layer_index
 from llava_region.patches.quantised import quantised_loading
-from llava_region.training.dry_run import in_few_bits
+from llava_region.training.model_states import in_few_bits
 from tests.helpers.training_runs import environment
 
 

@@ -119,6 +119,8 @@ def test_qlora_is_4_bit_without_zero3():
     assert (flags["--bits"], flags["--lora_r"], flags["--learning_rate"]) == ("4", "128", "2e-4")
     assert flags["--deepspeed"].endswith("zero2.json") and "lora" in Path(flags["--output_dir"]).name
     assert "QLoRA does not work with ZeRO-3" in refusal("llava_7b", MODE="qlora", ZERO="zero3")
+    for mode in ("qlora", "lora"):  # training chooses, where the GPUs are
+        assert flags_of(dry_run("llava_7b", MODE=mode, ZERO="auto"))["--deepspeed"] == "auto"
 
 
 def test_full_tuning_has_no_adapter_and_a_lower_rate():
@@ -135,7 +137,7 @@ def test_full_tuning_has_no_adapter_and_a_lower_rate():
         ({"OUT": "llava-lora/mine-lora"}, "needs 'llava'"),
         ({"OUT": "runs/llava-lora", "MODE": "full"}, "leave 'lora' out"),
         ({"MODE": "dora"}, "allowed: lora, qlora, full"),
-        ({"ZERO": "zero9"}, "allowed: zero2, zero3, zero3_offload"),
+        ({"ZERO": "zero9"}, "allowed: zero2, zero3, zero3_offload, auto, none"),
         ({"LAUNCHER": "mpirun"}, "allowed: deepspeed, torchrun, python"),
         ({"LAUNCHER": "python", "NUM_GPUS": 2}, "LAUNCHER=python is one process"),
         ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR is not set"),
