@@ -49,6 +49,7 @@ def command(
 ) -> None:
     """Score every decoder layer by importance metrics; several GPUs: torchrun --nproc_per_node N -m llava_region score ..."""
     from llava_region.checkpoints.model_source import ModelSource
+    from llava_region.errors.interrupts import signal_code
     from llava_region.scores.metrics import parse_metrics
     from llava_region.scores.pass_over_data import Interrupted
     from llava_region.scores.rankings import check_top, show
@@ -65,7 +66,7 @@ def command(
         result = score(source, data, out, options)
     except Interrupted as e:
         print(e, file=sys.stderr)
-        raise typer.Exit(130) from e
+        raise typer.Exit(signal_code(e.number)) from e
     if result is not None:
         report = show(result, out, top, spread, plot, quiet=as_json)
         if as_json:

@@ -1,6 +1,7 @@
 """How every command line of this package ends: with one line and an exit code, never a traceback.
 
-Exit codes: 2 for what a user can fix, 70 for an unforeseen exception, 130 after Ctrl-C, 141 where nobody reads the output any more.
+Exit codes: 2 for what a user can fix, 70 for an unforeseen exception, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the
+output any more.
 """
 
 from __future__ import annotations
@@ -15,21 +16,19 @@ import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 from llava_region import processes
 from llava_region.errors import LlavaRegionError, say
+from llava_region.errors.interrupts import received, signal_code
 
-BAD_INPUT, UNFORESEEN, INTERRUPTED, NO_READER = 2, 70, 130, 141
-NUDGE = 0.2  # seconds
+BAD_INPUT, UNFORESEEN, NO_READER = 2, 70, 141
 
 _SYSTEM = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -77,20 +76,21 @@ def guarded(work: Callable[[], int], program: Program, whole_process: bool) -> i
     what a user can fix should be a `LlavaRegionError`. SystemExit passes.
 
     Args:
-        whole_process: nothing else is done in this process afterwards, so Ctrl-C may end it at once from then on.
+        whole_process: nothing else is done in this process afterwards, so signals may end it at once from then on. Only then a tool
+            receives SIGTERM as it does Ctrl-C: elsewhere it is to end more than the tool.
     """
     if whole_process and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor all text ASCII
-    with _interrupts(whole_process) as interrupts:
+    with received(whole_process, terminate=whole_process and not program.long) as interrupt:
         try:
             code = work()
             _flush()
-            interrupts.arrive()
+            interrupt.arrive()
         except BaseException as e:
-            interrupts.arrive()
-            code = _interrupted() if interrupts.received else _end(e, program)
+            interrupt.arrive()
+            code = _stopped(interrupt.number) if interrupt.number else _end(e, program)
         else:
-            code = _interrupted() if interrupts.received else code
+            code = _stopped(interrupt.number) if interrupt.number else code
         finally:
             _leave_nothing_to_flush()
     return code
@@ -103,7 +103,7 @@ def _end(e: BaseException, program: Program) -> int:
         SystemExit: it was one.
     """
     if isinstance(e, KeyboardInterrupt):
-        return _interrupted()
+        return _stopped(signal.SIGINT)
     pipe = e.__context__ if isinstance(e, SystemExit) else e  # typer makes SystemExit(1) of it
     if isinstance(pipe, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr))):
         if program.long:
@@ -248,85 +248,7 @@ def _has_no_reader(stream: TextIO | None) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _interrupted() -> int:
+def _stopped(number: int) -> int:
     if _place()[2]:
-        say("interrupted", label="")
-    return INTERRUPTED
-
-
-@dataclass
-class _Interrupts:
-    """Ctrl-C that is not lost.
-
-    Libraries catch KeyboardInterrupt while they are imported (`except:` around an optional import) and go on, or make another
-    error of it. So it is raised again until it arrives, but not while code that it has reached is cleaning up.
-    """
-
-    after: Callable[[int, FrameType | None], Any] | int | None = None  # the handler of SIGINT once it has arrived; None: not ours
-    received: bool = False
-    _again: bool = False
-    _arrived: threading.Event = field(default_factory=threading.Event)
-    _process: int = field(default_factory=os.getpid)
-    _thread: int = field(default_factory=threading.get_ident)
-
-    def __post_init__(self) -> None:
-        self._repeats = threading.Thread(target=self._raise_again, daemon=True)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGINT."""
-        if os.getpid() == self._process:  # workers that were forked have no such thread
-            again, self._again = self._again, False
-            if self._arrived.is_set() or (again and _on_its_way(sys.exc_info()[1])):
-                return
-            if not self.received:
-                self.received = True
-                self._repeats.start()
-        raise KeyboardInterrupt
-
-    def _raise_again(self) -> None:
-        while not self._arrived.wait(NUDGE):
-            self._again = True
-            signal.pthread_kill(self._thread, signal.SIGINT)
-
-    def arrive(self) -> None:
-        """Say that it need not come again, nor be received from now on."""
-        self._arrived.set()
-        if self.received:
-            self._repeats.join()
-        if self.after is not None:
-            signal.signal(signal.SIGINT, self.after)
-
-
-def _on_its_way(e: BaseException | None) -> bool:
-    """Whether the exception that is handled now is a KeyboardInterrupt, or was raised because of one."""
-    seen: set[int] = set()
-    while e is not None and id(e) not in seen:
-        if isinstance(e, KeyboardInterrupt):
-            return True
-        seen.add(id(e))
-        e = e.__cause__ or e.__context__
-    return False
-
-
-@contextmanager
-def _interrupts(whole_process: bool) -> Iterator[_Interrupts]:
-    """Receive Ctrl-C for the length of a block, where it is not ignored or somebody else's."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield _Interrupts()
-        return
-    # Python waits for threads and exit functions at its end, and prints a traceback for Ctrl-C there
-    found = _Interrupts(after=signal.SIG_DFL if whole_process else signal.default_int_handler)
-    signal.signal(signal.SIGINT, found.receive)
-    unraisable = sys.unraisablehook
-
-    def quiet(what: Any) -> None:
-        if not issubclass(what.exc_type, KeyboardInterrupt):  # raised in a destructor, where it cannot go on
-            unraisable(what)
-
-    sys.unraisablehook = quiet
-    try:
-        yield found
-    finally:
-        found.arrive()
-        if not whole_process:
-            sys.unraisablehook = unraisable
+        say("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}", label="")
+    return signal_code(number)

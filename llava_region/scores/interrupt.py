@@ -9,15 +9,19 @@ from types import FrameType
 
 
 class Stop:
-    """`requested` turns true with the first signal; a second Ctrl-C raises KeyboardInterrupt."""
+    """Waits for a signal; a second Ctrl-C raises KeyboardInterrupt.
+
+    Attributes:
+        number: of the first signal; 0: none has come.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number = 0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.number = self.number or number
 
 
 @contextmanager

@@ -28,7 +28,15 @@ WORKERS = 1  # threads that prepare batches; no more, as the upstreams' preproce
 
 
 class Interrupted(Exception):
-    """The pass was stopped by a signal; what it found is saved."""
+    """The pass was stopped by a signal; what it found is saved.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -83,18 +91,18 @@ def _score_batches(loaded: LoadedModel, plan: Plan, mine: list[int], found: Prog
     with progress_bar("scoring (batches)", len(mine), enabled=processes.is_first()) as advance:
         saved = time.monotonic()
         for number, inputs in prefetch(lambda number: _inputs(loaded, plan, number), mine, WORKERS):
-            if stop.requested:
+            if stop.number:
                 break
             _add_batch(loaded, plan, number, inputs, found)
             advance()
             if time.monotonic() - saved > SAVE_SECONDS:
                 found.save(path)
                 saved = time.monotonic()
-    if stop.requested:
+    if stop.number:
         found.save(path)
         done = sum(len(plan.batches[number]) for number in found.done)
         who = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
-        raise Interrupted(f"{who}interrupted after {done} of {plan.samples} samples, saved in {path}; go on with --resume")
+        raise Interrupted(stop.number, f"{who}interrupted after {done} of {plan.samples} samples, saved in {path}; go on with --resume")
 
 
 def _start(num_layers: int, plan: Plan, resumed: bool) -> Progress:

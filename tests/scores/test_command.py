@@ -180,13 +180,13 @@ def test_interrupted_and_resumed(tiny, llava_checkpoint, whole, tmp_path, monkey
     argv = [llava_checkpoint, *flags(tiny, out, base=tiny.backbone)]
     with monkeypatch.context() as patched:
         stop_after(patched, 2, number)
-        assert run(*argv) == 130
+        assert run(*argv) == 128 + number
     assert "interrupted after 4 of 12 samples" in capsys.readouterr().err
     assert not out.exists() and (tmp_path / "scores.json.partial").is_file()
     assert run(*argv) == 2 and "--resume" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         stop_after(patched, 3, number)
-        assert run(*argv, "--resume") == 130
+        assert run(*argv, "--resume") == 128 + number
     assert "after 10 of 12" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         stop_after(patched, 2)  # one batch is left: a second one would stop it again
