@@ -121,10 +121,11 @@ def build_cpu_adam(path: str | Path, recipe: Recipe) -> None:
     settings, _ = corrected(path, recipe)
     if not takes_cpu_adam(settings):
         return
-    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops import op_builder
 
+    builders: Any = op_builder  # which gets its content when it is imported, by what the machine has
     try:
-        CPUAdamBuilder().load(verbose=False)
+        builders.CPUAdamBuilder().load(verbose=False)
     except Exception as e:  # of torch, ninja, the compiler or CUDA
         why = " ".join(str(e).split())[:200]
         raise LlavaRegionError(

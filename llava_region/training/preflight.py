@@ -22,6 +22,7 @@ from llava_region.run_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_
 from llava_region.training.arguments import did_you_mean
 from llava_region.training.deepspeed_config import corrected, gathers_weights, hidden_size, takes_cpu_adam
 from llava_region.training.recompute_plan import check_flags
+from llava_region.training.report_flags import login_problem, reporters
 from llava_region.training.run_data import check_run_data
 from llava_region.training.trainer_flags import check_trainer_flags
 
@@ -73,9 +74,16 @@ def check(upstream: Upstream, flags: list[str]) -> Preflight:
     upstream.check_files(args, config)
     check_generation_config(args, recipe)
     check_output(args.output_dir)
+    if "tensorboard" in reporters(args) and args.logging_dir:
+        check_output(args.logging_dir, "--logging_dir")
+    login = login_problem(args) if processes.is_first() else None
+    if login and not args.dry_run:
+        raise LlavaRegionError(login)
     records, remarks = check_run_data(upstream, args, recipe, config) if processes.is_first() else (None, ())
     if said and processes.is_first():
         remarks = (*remarks, ("DeepSpeed", f"{args.deepspeed}, corrected for this run: {'; '.join(said)}"))
+    if login:  # training may be started elsewhere
+        remarks = (*remarks, ("W&B", f"{login}; a training that starts here would be refused"))
     return Preflight(args, recipe, region, config, records, remarks)
 
 
@@ -270,17 +278,17 @@ def generation_config_problem(path: Path) -> str | None:
     return str(caught[0].message) if caught else None
 
 
-def check_output(output_dir: str) -> None:
-    """Check that the output folder can be written, without making it.
+def check_output(output: str, flag: str = "--output_dir") -> None:
+    """Check that an output folder can be written, without making it.
 
     Raises:
         LlavaRegionError: it can't.
     """
-    folder = Path(output_dir).absolute()
+    folder = Path(output).absolute()
     if folder.exists() and not folder.is_dir():
-        raise LlavaRegionError(f"--output_dir {folder} is a file; give a folder")
+        raise LlavaRegionError(f"{flag} {folder} is a file; give a folder")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as e:
-        raise LlavaRegionError(f"--output_dir {folder} cannot be written: {e.strerror}") from e
+        raise LlavaRegionError(f"{flag} {folder} cannot be written: {e.strerror}") from e

@@ -18,6 +18,7 @@ from llava_region.training.deepspeed_config import correct, corrected, hidden_si
 from llava_region.training.first_step import FirstStep
 from llava_region.training.learning_rates import name_and_drop_groups
 from llava_region.training.recompute import out_of_memory_hint
+from llava_region.training.reports import Reports
 from llava_region.training.resume import (
     AllStepsDone,
     BeginsAt,
@@ -77,9 +78,11 @@ class RegionTrainerMixin(Trainer):
         self.first_step = FirstStep(self, region)
         self.meter = CostMeter()
         self.epoch_order = EpochOrder()
+        self.reports = Reports(self)
         self.stop = StopAtStep(self)
         self.add_callback(self.stop)
         self.add_callback(self.meter)
+        self.add_callback(self.reports)
         self.add_callback(self.epoch_order)
         self.add_callback(NoStepTooMany)
         self.accelerator.wait_for_everyone()  # every rank has looked at the checkpoints that are there
@@ -120,6 +123,10 @@ class RegionTrainerMixin(Trainer):
         loss = super().training_step(model, inputs, *args)
         self.first_step.after()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        recomputed = self.reports.layers_recomputed() if "loss" in logs else None
+        super().log(logs if recomputed is None else {**logs, "layers_recomputed": recomputed}, *args)
 
     def over_ranks(self, tensor: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
         """Sum or maximum of a tensor over all ranks. Collective."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import warnings
 from argparse import Namespace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llava_region.errors import LlavaRegionError
 from llava_region.training.flag_values import AT_LEAST_ONE, BELOW_ONE, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_values, words
+from llava_region.training.report_flags import check_reporters
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,8 +24,6 @@ NUMBERS = {
     "warmup_steps": NOT_NEGATIVE, "warmup_ratio": SHARE, "dataloader_num_workers": NOT_NEGATIVE, "seed": SEED, "max_steps": FINITE,
     "save_steps": FINITE, "logging_steps": FINITE,
 }  # fmt: skip
-# integrations that transformers leaves out of "all" though they are installed, and the module that each needs
-BESIDES_ALL = {"azure_ml": "azureml", "flyte": "flytekit"}
 
 
 def check_trainer_flags(args: Namespace, own_optimizer: bool = False) -> None:
@@ -42,7 +40,7 @@ def check_trainer_flags(args: Namespace, own_optimizer: bool = False) -> None:
     if args.max_steps <= 0:  # else the epochs are not looked at
         check_values(args, {"num_train_epochs": POSITIVE})
     _check_words(args)
-    _check_reports(args)
+    check_reporters(args)
     _check_hub(args)
     with _nothing_left_behind():
         arguments = _arguments(args)
@@ -58,27 +56,6 @@ def _check_words(args: Namespace) -> None:
     check_values(args, {"optim": words(name.value for name in OptimizerNames)})
     if args.fp16 and args.bf16:
         raise LlavaRegionError("--fp16 True and --bf16 True exclude each other; give one of them")
-
-
-def _check_reports(args: Namespace) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    given = args.report_to if isinstance(args.report_to, list) else [args.report_to] if args.report_to else ["all"]
-    if given in (["all"], ["none"]):
-        return
-    known = words([*INTEGRATION_TO_CALLBACK, "all", "none"])
-    there = {*get_available_reporting_integrations(), *(name for name, module in BESIDES_ALL.items() if importlib.util.find_spec(module))}
-    for name in given:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise LlavaRegionError(
-                f"--report_to {' '.join(given)}: '{name}' {known.otherwise}; allowed: {known.allowed} (the last two alone)"
-            )
-        if name not in there:
-            raise LlavaRegionError(
-                f"--report_to {name}: its package is not installed, or switched off by an environment variable; install it, or give "
-                f"--report_to {' '.join(sorted(there)) or 'none'}"
-            )
 
 
 def _check_hub(args: Namespace) -> None:
