@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_region.checkpoints.model_source import width_in
+from llava_region.data.records import speakers_problem
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError
 from llava_region.patches.miniature import shrunk, write_backbone, write_tower
@@ -193,7 +194,8 @@ class LLaVAFamily(Upstream):
             return None
         changes = {
             "model_name_or_path": "backbone", "data_path": "data.json", "pretrain_mm_mlp_adapter": None, "cache_dir": None, "bits": 16,
-            "image_folder": os.path.abspath(args.image_folder) if args.image_folder else None, "vision_tower": os.path.abspath(tower),
+            "image_folder": None if args.image_folder is None else os.path.abspath(args.image_folder),
+            "vision_tower": os.path.abspath(tower),
         }  # fmt: skip
         if kind is not None:
             changes["vision_tower"] = f"tower-{kind.title.lower()}"
@@ -287,12 +289,16 @@ class LLaVAFamily(Upstream):
 def template_problem(template: Any, version: str, turns: Sequence[Mapping[str, Any]], has_image: bool) -> str | None:
     """What a template's preprocessing asserts of a record's turns and does not find there, or None."""
     kind = template.sep_style.name
+    # the plain one does not look at the speakers, and that of v0 not at their order
+    speakers = speakers_problem(turns, alternate=kind != "SINGLE") if kind != "PLAIN" else None
+    if speakers:
+        return speakers
     if kind == "PLAIN":
         if len(turns) != 2 or IMAGE not in turns[0]["value"]:
             return f"is not an image with its caption, two turns with '{IMAGE}' in the first, as --version {version} takes them"
         if not has_image and IMAGE in turns[1]["value"]:
             return f"places '{IMAGE}' in both turns, which would shift the images of the samples after it"
-    if kind == "LLAMA_2" and not next(turn["value"] for turn in turns if turn["from"] == "human"):
+    if kind == "LLAMA_2" and not next((turn["value"] for turn in turns if turn["from"] == "human"), "none"):
         return f"begins with an empty question, which --version {version} does not take"
     return None
 

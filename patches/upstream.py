@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llava_region.data.records import speakers_problem
 from llava_region.decoder import Parts
 from llava_region.errors import LlavaRegionError, UnsupportedUpstream
 from llava_region.patches.seams import hooked
@@ -248,9 +249,9 @@ class Upstream(ABC):
         """
 
     def record_check(self, args: Namespace) -> Callable[[Mapping[str, Any]], str | None]:
-        """What tells why a record of good form would end training with these flags, as the end of a sentence that begins with the
-        record; None: it would not. It is asked of every record."""
-        return lambda record: None
+        """What tells why a record of the form `TURNS` would end training with these flags, as the end of a sentence that begins with
+        the record; None: it would not. It is asked of every record."""
+        return lambda record: speakers_problem(record["conversations"])
 
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """Why an image of this size, in pixels, could not be trained on with these flags, in a few words; None: it could."""

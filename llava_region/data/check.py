@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +25,14 @@ def check_data(
     data_path: str | Path | None,
     image_folder: str | Path | None,
     check_images: str = "sample",
-    record_check: Callable[[Mapping[str, Any]], str | None] = lambda record: None,
+    record_check: Callable[[Mapping[str, Any]], str | None] | None = None,
     picture_problem: Callable[[int, int], str | None] = lambda width, height: None,
 ) -> TrainingData:
     """Check every record's form, and that images open.
 
     Args:
         check_images: `sample` opens 1,000 images (always the same), `all` every one, `none` none.
-        record_check: why training could not take a record of good form, or None.
+        record_check: see `TrainingData`.
         picture_problem: why training could not take an image of this width and height in pixels, or None.
 
     Returns:
@@ -42,13 +43,14 @@ def check_data(
     """
     if not data_path:
         raise LlavaRegionError("--data_path is missing; give a JSON file of LLaVA's format")
-    data_path, folder = Path(data_path), Path(image_folder) if image_folder else None
+    # the upstreams join names to it: to nothing, relative ones are of the current folder
+    data_path, folder = Path(data_path), None if image_folder is None else Path(image_folder)
     records = TrainingData(data_path, record_check)
     images = sorted(set(records.survey.images))
     require_image_folder(len(images), folder, data_path, "--image_folder")
     if folder is None or not images:
         return records
-    if not folder.is_dir():
+    if not folder.is_dir() and not all(map(os.path.isabs, images)):
         raise LlavaRegionError(f"--image_folder {folder} is not a folder; give the one that the images' names are relative to")
     if check_images == "sample" and len(images) > SAMPLE:
         images = random.Random(0).sample(images, SAMPLE)
@@ -84,8 +86,12 @@ def check_placeholders(survey: Survey, path: str | Path) -> str | None:
 
 def _check_images(folder: Path, images: list[str], what: str, data_path: Path, picture_problem: Callable[[int, int], str | None]) -> None:
     bad = []
+
+    def problem_of(name: str) -> str | None:
+        return image_problem(os.path.join(folder, name), picture_problem)  # a Path would lose a slash at the end
+
     with ThreadPoolExecutor(16) as pool, progress_bar(f"checking images ({what})", len(images)) as advance:
-        for name, problem in zip(images, pool.map(lambda name: image_problem(folder / name, picture_problem), images), strict=True):
+        for name, problem in zip(images, pool.map(problem_of, images), strict=True):
             advance()
             if problem:
                 bad.append(f"{name} ({problem})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,13 +59,13 @@ def read_pixels(source: str | Path | bytes, pixel_values: Callable[[Image], Tens
         raise UnreadableImage(source, e) from e
 
 
-def image_problem(path: Path, picture_problem: Callable[[int, int], str | None] = lambda width, height: None) -> str | None:
+def image_problem(path: str | Path, picture_problem: Callable[[int, int], str | None] = lambda width, height: None) -> str | None:
     """Why an image file cannot be decoded to its end (`missing`, or `corrupt: ` and the kind of error) or used, or None.
 
     Args:
         picture_problem: why an image of this width and height cannot be used, or None.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long
         return "missing"
     try:
         with _opened(path) as image:

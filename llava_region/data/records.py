@@ -24,12 +24,14 @@ class Form(Enum):
 
     Attributes:
         TRAINING: what the upstreams' training takes: turns that alternate, at most one image.
+        TURNS: the same, whoever speaks and in whatever order: some templates do not look at that.
         SCORING: turns of any speakers, and any number of images, each with its placeholder.
         PROMPTED: an object with any number of images, or an image's name by itself; a prompt takes the turns' place.
         OBJECT: any object.
     """
 
     TRAINING = auto()
+    TURNS = auto()
     SCORING = auto()
     PROMPTED = auto()
     OBJECT = auto()
@@ -101,20 +103,33 @@ def record_problem(record: Any, form: Form = Form.TRAINING) -> str | None:
         return _scoring_problem(record, prompted=form is Form.PROMPTED)
     if not isinstance(record, dict):
         return f"is a {type(record).__name__}, not an object; allowed: an object with 'conversations'"
-    return _training_problem(record) if form is Form.TRAINING else None
+    if form is Form.OBJECT:
+        return None
+    return _turns_problem(record) or (speakers_problem(record["conversations"]) if form is Form.TRAINING else None)
 
 
-def _training_problem(record: dict) -> str | None:
+def speakers_problem(turns: Sequence[Mapping[str, Any]], alternate: bool = True) -> str | None:
+    """What is wrong with who speaks in a record of the form `TURNS`, or None.
+
+    Args:
+        alternate: whether human and gpt have to take turns. The upstreams skip a first turn that is not human, and assert that from
+            there on.
+    """
+    roles = [turn.get("from") for turn in turns]
+    if not {"human", "gpt"}.issuperset(role if isinstance(role, str) else "" for role in roles):
+        return "has a turn that is not {'from': 'human' or 'gpt', 'value': text}"
+    roles = roles[roles[0] != "human" :]
+    if alternate and roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        return "has turns that do not alternate between human and gpt"
+    return None
+
+
+def _turns_problem(record: dict) -> str | None:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         return "has no 'conversations'; allowed: a list of turns"
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            return "has a turn that is not {'from': 'human' or 'gpt', 'value': text}"
-    # upstream skips a first turn that is not human, and asserts that roles alternate from there on
-    roles = [turn["from"] for turn in (turns[1:] if turns[0]["from"] != "human" else turns)]
-    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
-        return "has turns that do not alternate between human and gpt"
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        return "has a turn that is not {'from': 'human' or 'gpt', 'value': text}"
     if any(not _is_text(turn["value"]) for turn in turns):
         return "has half of a character (a lone surrogate, such as '\\ud83d') in its text, which no tokenizer takes; correct the text"
     if "image" in record:
@@ -195,7 +210,7 @@ def require_images(names: Sequence[str], folder: Path | None, path: Path) -> Non
     require_image_folder(len(names), folder, path)
     if folder is None:
         return
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]  # a Path would lose a slash at the end
     if missing:
         raise LlavaRegionError(
             f"{len(missing)} images are missing in {folder}, such as {missing[0]} of {path}; "

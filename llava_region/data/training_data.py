@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from llava_region.data.json_list import items, read_item
-from llava_region.data.records import LIST, PLACEHOLDER, check_each, record_name, record_problem, text_length
+from llava_region.data.records import LIST, PLACEHOLDER, Form, check_each, record_name, record_problem, text_length
 from llava_region.files import parse_json
 
 
@@ -46,7 +46,8 @@ class TrainingData(Sequence[dict[str, Any]]):
 
     Args:
         path: a JSON list in LLaVA's format.
-        record_check: why training could not take a record of good form, as the end of a sentence that begins with it, or None.
+        record_check: why training could not take a record of the form `TURNS`, as the end of a sentence that begins with it, or None;
+            left out, the turns have to alternate.
 
     Attributes:
         survey: what is known of all of them.
@@ -55,11 +56,12 @@ class TrainingData(Sequence[dict[str, Any]]):
         LlavaRegionError: the file is not a list of records, or names the first one that training could not take.
     """
 
-    def __init__(self, path: Path, record_check: Callable[[Mapping[str, Any]], str | None] = lambda record: None):
+    def __init__(self, path: Path, record_check: Callable[[Mapping[str, Any]], str | None] | None = None):
         self.path, self.survey = path, Survey()
         self.starts, self.sizes = array("Q"), array("Q")
+        form = Form.TURNS if record_check else Form.TRAINING
         for number, item in enumerate(items(path, LIST)):
-            check_each([(number, item.value)], path, lambda record: record_problem(record) or record_check(record))
+            check_each([(number, item.value)], path, lambda record: record_problem(record, form) or (record_check and record_check(record)))
             self.survey.add(item.value)
             self.starts.append(item.start)
             self.sizes.append(item.size)

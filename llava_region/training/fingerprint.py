@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -237,7 +238,7 @@ def _contents(recipe: Recipe, args: Namespace, records: TrainingData | None) -> 
         yield flag["model"], _model(recipe.model, flag["model"], recipe.cache_dir)
     if recipe.tower:  # which the upstreams do not look for under --cache_dir
         yield flag["tower"], _model(recipe.tower, flag["tower"], None)
-    if records and recipe.images:
+    if records and recipe.images is not None:
         yield flag["images"], _images(Path(recipe.images), records.survey.images)
 
 
@@ -273,8 +274,8 @@ def _images(folder: Path, names: list[str], count: int = 256) -> str:
     """A digest of the sizes of some images, spread over the data."""
     digest = hashlib.sha256(f"{len(names)}".encode())
     for name in names[:: max(1, len(names) // count)]:
-        path = folder / name
-        digest.update(f"{name} {path.stat().st_size if path.is_file() else 'missing'}".encode("utf-8", "surrogatepass"))
+        path = os.path.join(folder, name)
+        digest.update(f"{name} {os.path.getsize(path) if os.path.isfile(path) else 'missing'}".encode("utf-8", "surrogatepass"))
     return f"{len(names):,} images, sha256 {digest.hexdigest()}"
 
 

@@ -162,7 +162,9 @@ def _why(record: Mapping[str, Any], labelled: bool, too_long: bool, marks: Seque
     turns = record["conversations"]
     if labelled:
         return CUT
-    if turns[-1]["from"] != "gpt" or any(not turn["value"] for turn in turns):
+    speakers = [turn.get("from") for turn in turns]
+    unanswered = speakers[-1] != "gpt" or "human" not in speakers  # a first turn that is not human is left out
+    if unanswered or any(not turn["value"] for turn in turns):
         return EMPTY
     if any(mark in turn["value"] for turn in turns for mark in marks):
         return MARK

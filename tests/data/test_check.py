@@ -30,7 +30,7 @@ def test_only_a_sample_is_opened_by_default(tmp_path, monkeypatch):
     (tmp_path / "d.json").write_text(json.dumps([{"image": f"{i}.png", "conversations": turns} for i in range(10)]))
     opened = []
     original = data_check.image_problem
-    monkeypatch.setattr(data_check, "image_problem", lambda path, *more: opened.append(path.name) or original(path, *more))
+    monkeypatch.setattr(data_check, "image_problem", lambda path, *more: opened.append(path) or original(path, *more))
     check_data(tmp_path / "d.json", tmp_path, "sample")
     assert len(opened) == 3
     check_data(tmp_path / "d.json", tmp_path, "all")

@@ -48,6 +48,7 @@ def record(question="<image>\nWhat is it?", answer="A circle", image="1.png", **
 
 
 EMPTY, MARKED = record(answer=""), record(answer="It says ASSISTANT: me")
+UNASKED = {"image": "1.png", "conversations": [{"from": "gpt", "value": "<image>\nA circle"}]}
 UNANSWERED = {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
 
 
@@ -56,6 +57,7 @@ UNANSWERED = {"image": "1.png", "conversations": [{"from": "human", "value": "<i
     [
         (EMPTY, {}, "4 as an answer is empty or missing (record 0 (id 0), record 1 (id 1), record 2 (id 2), ...)"),
         (UNANSWERED, {}, "as an answer is empty or missing"),
+        (UNASKED, {}, "as an answer is empty or missing"),
         (MARKED, {}, "as the text holds the template's own marks"),
         (record(answer="It ends with </s> here"), {}, "as the text holds the template's own marks"),
         (record(question="long " * 400, image=None), {}, "as the answers lie past --model_max_length 512"),
@@ -64,7 +66,7 @@ UNANSWERED = {"image": "1.png", "conversations": [{"from": "human", "value": "<i
         (record(), {"model_max_length": 110}, "as the answers lie past --model_max_length 110"),
         (record(), {"version": "mpt"}, "as --version does not fit the tokenizer"),
     ],
-    ids=["empty", "unanswered", "role", "end", "long text", "long image", "features", "template"],
+    ids=["empty", "unanswered", "unasked", "role", "end", "long text", "long image", "features", "template"],
 )
 def test_all_masked_is_refused_with_the_reason(checked, bad, changes, reason):
     line = refused(checked([{**bad, "id": i} for i in range(4)], **changes))
