@@ -22,7 +22,8 @@ help_if_asked() { # SCRIPT SETTINGS ARGUMENTS...
 }
 
 # A misspelt name of a layer selection would be found only after the GPUs were taken. The rest is checked by the training itself.
-check_layers() {
+check_layers() { # SPEC [SETTING]
+    local setting=${2:-TUNE_LAYERS}
     local spec=${1//[[:space:]]/}
     local name=${spec%%:*}
     case $spec in
@@ -30,11 +31,11 @@ check_layers() {
     esac
     case $name in
         sparse | lower | lower-middle | upper-middle | top | hybrid)
-            [[ $spec =~ ^[a-z-]+:[0-9.]+%?$ ]] || die "TUNE_LAYERS is '$1'; allowed: a number of layers or a percentage, such as $name:8 or $name:25%"
+            [[ $spec =~ ^[a-z-]+:[0-9.]+%?$ ]] || die "$setting is '$1'; allowed: a number of layers or a percentage, such as $name:8 or $name:25%"
             ;;
         *)
             [[ $spec =~ ^[0-9,-]+$ ]] ||
-                die "TUNE_LAYERS is '$1'; allowed: all, layers such as 0,4,8-11, FILE.json:METRIC:8, or sparse, lower, lower-middle, upper-middle, top or hybrid with a number or percentage, such as sparse:25%"
+                die "$setting is '$1'; allowed: all, layers such as 0,4,8-11, FILE.json:METRIC:8, or sparse, lower, lower-middle, upper-middle, top or hybrid with a number or percentage, such as sparse:25%"
             ;;
     esac
 }

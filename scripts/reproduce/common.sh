@@ -31,6 +31,16 @@ PYTHON=${PYTHON:-python}
 DRY_RUN=${DRY_RUN:-0}
 VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
 export MODE PYTHON DRY_RUN
+# What a driver sets itself would be ignored, or would train something else than the folder's name says.
+[[ -z ${TUNE_LAYERS:-} ]] || die "TUNE_LAYERS is '$TUNE_LAYERS', but a driver chooses the layers of each run; unset it, or train one run with a launcher of $SCRIPTS/train"
+[[ -z ${OUT:-} ]] || die "OUT is '$OUT', but a driver names the folder of each run; unset it, and set RESULTS to write elsewhere"
+[[ ! " ${TRAIN_FLAGS:-}" =~ [[:space:]]--(tune[_-]layers|output[_-]dir)([=[:space:]]|$) ]] ||
+    die "TRAIN_FLAGS has --${BASH_REMATCH[1]}, which a driver sets for each run; leave it out"
+for setting in SPEC SPECS LLAVA_7B_SPECS LLAVA_13B_SPECS BUNNY_LLAMA3_8B_SPECS DROPS PERCENTS SETS; do
+    [[ -z ${!setting:-} ]] || grep -qw "$setting" "$0" || die "$setting is '${!setting}', and $(basename "$0") has no such setting; unset it (--help lists those that it has)"
+done
+[[ ${PAPER:-0} == [01] ]] || die "PAPER is '$PAPER'; allowed: 0 or 1"
+
 # A number of GPUs that the user gave is for every step. Else each step counts those of the machine on which it runs.
 if [[ -n ${NUM_GPUS:-} ]]; then
     whole_number NUM_GPUS 1
@@ -121,6 +131,28 @@ use_model() {
     done
     base_flags=(--base "$backbone")
     [[ $MODE != full ]] || base_flags=() # a fully tuned model needs no base
+}
+
+# SETTING SPEC...: check the regions of the current model before the first training: a misspelt one should not be found after a night.
+check_regions() {
+    local spec
+    for spec in "${@:2}"; do
+        check_layers "$spec" "$1"
+        # the number of layers is known where the model is here
+        [[ ! -f $backbone/config.json ]] || "${REGION[@]}" layers "$backbone" "$spec" >/dev/null ||
+            die "$1 has '$spec', which is no region of $backbone (see above)"
+    done
+}
+
+# SETTING LEAST NUMBER...: the same for settings that hold several whole numbers.
+check_numbers() {
+    local number
+    (($# > 2)) || die "$1 is empty; allowed: whole numbers, at least $2, separated by spaces"
+    for number in "${@:3}"; do
+        if ! [[ $number =~ ^[0-9]{1,9}$ ]] || ((10#$number < $2)); then
+            die "$1 has '$number'; allowed: whole numbers, at least $2, separated by spaces"
+        fi
+    done
 }
 
 # Check before the first training that what later steps read exists: a wrong EVAL_DATA should not be found after a night.

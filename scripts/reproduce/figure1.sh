@@ -17,6 +17,10 @@ VISUAL_DATA=${VISUAL_DATA-ocrvqa docvqa}
 TEXT_DATA=${TEXT_DATA-mmlu bbh}
 SETS=${SETS:-0-3;4-7;12-15;20-23;28-31}
 RECORDS=${RECORDS:-1000}
+whole_number RECORDS 1
+DROPS=${DROPS:-1 2 3 4}
+words_of "$DROPS"
+check_numbers DROPS 1 "${words[@]}"
 NEEDS_FLICKR=1
 words_of "$VISUAL_DATA $TEXT_DATA"
 NEEDED_TASKS=$(IFS=,; echo "${words[*]}")
@@ -51,7 +55,13 @@ measure() {
 }
 
 measured=()
-for each in ${MODELS:-llava_7b}; do
+MODELS=${MODELS:-llava_7b}
+IFS=";" read -ra sets <<<"$SETS"
+for each in $MODELS; do
+    use_model "$each"
+    check_regions SETS "${sets[@]}"
+done
+for each in $MODELS; do
     use_model "$each"
     train_and_evaluate all
     make_data
@@ -59,7 +69,7 @@ for each in ${MODELS:-llava_7b}; do
     measure "$(basename "$run")" "$run" "${visual[@]}" "${text[@]}" --image-folder "$EVAL_DATA" --base "$backbone" --revert-sweep "$SETS"
     ((${#text[@]} == 0)) || measure "$(basename "$run")-backbone" "$backbone" "${text[@]}" --template "$template"
     score_on_flickr angles angular_distance
-    for drop in ${DROPS:-1 2 3 4}; do
+    for drop in $DROPS; do
         run=$trained
         prune "$drop" --protect none # its region is every layer
         evaluate "$TASKS" "$run"

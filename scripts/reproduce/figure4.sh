@@ -6,15 +6,20 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-ocrvqa,textvqa,docvqa,scienceqa}
 NEEDS_FLICKR=1
+SPEC=${SPEC:-sparse:8}
+DROPS=${DROPS:-1 2 3 4}
+words_of "$DROPS"
+check_numbers DROPS 1 "${words[@]}"
 
 use_model llava_7b
-for spec in all "${SPEC:-sparse:8}"; do
+check_regions SPEC "$SPEC"
+for spec in all "$SPEC"; do
     train_and_evaluate "$spec"
     trained=$run
     score_on_flickr angles angular_distance
     protect=()
     [[ $spec != all ]] || protect=(--protect none) # its region is every layer
-    for drop in ${DROPS:-1 2 3 4}; do
+    for drop in $DROPS; do
         run=$trained
         prune "$drop" "${protect[@]}"
         evaluate "$TASKS" "$run"

@@ -7,7 +7,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NEEDED_TASKS=${ATTENTION_TASKS// /,}
 
 found=()
-for each in ${MODELS:-bunny_llama3_8b}; do
+MODELS=${MODELS:-bunny_llama3_8b}
+for each in $MODELS; do
+    use_model "$each"
+done
+for each in $MODELS; do
     use_model "$each"
     train all
     score_attention

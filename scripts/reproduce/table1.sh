@@ -6,8 +6,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-$VISUAL_TASKS}
 NEEDS_FLICKR=1
 LAYERS=${LAYERS:-8}
+whole_number LAYERS 1
 
 use_model bunny_llama3_8b
+check_regions LAYERS "sparse:$LAYERS"
 train_and_evaluate all
 score_attention
 attention=$scores

@@ -3,9 +3,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-$VISUAL_TASKS}
+SPECS=${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}
 
 use_model bunny_llama3_8b
-for spec in ${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}; do
+words_of "$SPECS"
+check_regions SPECS "${words[@]}"
+for spec in $SPECS; do
     train_and_evaluate "$spec"
 done
 report table2 --table 2 --paper

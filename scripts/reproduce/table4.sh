@@ -4,11 +4,17 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-mmlu,bbh}
+MODELS=${MODELS:-bunny_llama3_8b llava_7b}
+SPEC=${SPEC:-sparse:8}
 
-for model in ${MODELS:-bunny_llama3_8b llava_7b}; do
+for model in $MODELS; do
+    use_model "$model"
+    check_regions SPEC "$SPEC"
+done
+for model in $MODELS; do
     use_model "$model"
     train_and_evaluate all
-    train_and_evaluate "${SPEC:-sparse:8}"
+    train_and_evaluate "$SPEC"
     evaluate "$TASKS" "$backbone" --template "$template"
 done
 report table4 --table 4 --paper

@@ -212,6 +212,8 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path):
         }  # fmt: skip
         assert flags_of(words)["--save_steps"] == "9"
     assert run_script(sbatch, **slurm).returncode == 2
+    asked = run_script(sbatch, "--help")  # without a job
+    assert asked.returncode == 0 and "sbatch --nodes 2" in asked.stdout and "SBATCH --" not in asked.stdout
     slurm.pop("SLURM_GPUS_ON_NODE")  # without GRES: each node counts
     more = {"SLURM_CPUS_PER_TASK": 32, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "PATH": path}
     done = run_script(sbatch, str(launcher), DRY_RUN=1, **{**slurm, **more})

@@ -296,6 +296,45 @@ def test_step_without_its_output_is_an_error(tmp_path):
     assert done.returncode == 2 and "ended without" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("driver", "setting", "value", "said"),
+    [
+        *((driver, "TUNE_LAYERS", "all", "a driver chooses the layers of each run; unset it, or train one run with") for driver in DRIVERS),
+        ("table2", "OUT", "mine", "a driver names the folder of each run; unset it, and set RESULTS"),
+        ("table2", "TRAIN_FLAGS", "--bf16 False --tune_layers=all", "TRAIN_FLAGS has --tune_layers, which a driver sets"),
+        ("table1", "TRAIN_FLAGS", "--output-dir x", "TRAIN_FLAGS has --output-dir, which a driver sets"),
+        ("figure3", "PAPER", "yes", "allowed: 0 or 1"),
+        ("table1", "LAYERS", "many", "LAYERS is 'many'; allowed: a whole number"),
+        ("table2", "SPECS", "all sparze:8", "SPECS is 'sparze:8'; allowed: all, layers such as"),
+        ("table3", "LLAVA_13B_SPECS", "all sparse", "LLAVA_13B_SPECS is 'sparse'; allowed: a number of layers"),
+        ("table3", "SPECS", "sparse:8", "SPECS is 'sparse:8', and table3.sh has no such setting; unset it"),
+        ("table2", "SPEC", "sparse:8", "SPEC is 'sparse:8', and table2.sh has no such setting; unset it"),
+        ("table3", "MODELS", "llava_7b llava_9b", "unknown model 'llava_9b'"),
+        ("figure5", "MODELS", "bunny_llama3_8b lava", "unknown model 'lava'"),
+        ("table4", "SPEC", "sparse:x", "SPEC is 'sparse:x'; allowed"),
+        ("figure1", "SETS", "0-3;4-z", "SETS is '4-z'; allowed"),
+        ("figure1", "RECORDS", "0", "RECORDS is '0'; allowed: a whole number, at least 1"),
+        ("figure1", "DROPS", "1 2 -3", "DROPS has '-3'; allowed: whole numbers, at least 1, separated by spaces"),
+        ("figure2", "PERCENTS", "100 ten", "PERCENTS has 'ten'; allowed"),
+        ("figure4", "DROPS", "1,2", "DROPS has '1,2'; allowed"),
+    ],
+)
+@pytest.mark.parametrize("dry", [0, 1])
+def test_settings_are_looked_at_before_the_first_training(tmp_path, driver, setting, value, said, dry):
+    done = run_script(REPRODUCE / f"{driver}.sh", **{"DRY_RUN": dry, "RESULTS": tmp_path / "results", "PYTHON": "false", setting: value})
+    assert done.returncode == 2 and said in done.stderr and not done.stdout and len(done.stderr.splitlines()) == 1, done
+    assert not (tmp_path / "results").exists()
+
+
+def test_regions_are_those_of_the_model(tiny, tmp_path):
+    """Where it is here; a hub name is not asked."""
+    settings = {"DRY_RUN": 1, "RESULTS": tmp_path / "results", "PYTHON": sys.executable, "LLAVA_7B_MODEL": tiny.backbone}
+    done = run_script(REPRODUCE / "table3.sh", **{**settings, "MODELS": "llava_7b", "LLAVA_7B_SPECS": "all 0-7 sparse:9"})
+    assert done.returncode == 2 and "LLAVA_7B_SPECS has 'sparse:9', which is no region of" in done.stderr and not done.stdout
+    done = run_script(REPRODUCE / "table3.sh", **{**settings, "MODELS": "llava_7b", "LLAVA_7B_SPECS": "all 0-7 sparse:8"})
+    assert done.returncode == 0, done.stderr
+
+
 def test_missing_inputs_cost_no_training(tmp_path):
     from tests.helpers.data_roots import write_scienceqa
 
