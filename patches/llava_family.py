@@ -160,6 +160,9 @@ class LLaVAFamily(Upstream):
 
         return problem
 
+    def vision_tower(self, config: Mapping[str, Any]) -> str | None:
+        return config.get("mm_vision_tower")
+
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """transformers' image processors take a height of 1 or 3 for the colour channels: an error, or a garbled picture."""
         side = max(width, height) if args.image_aspect_ratio == "pad" else height

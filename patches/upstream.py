@@ -253,6 +253,10 @@ class Upstream(ABC):
         the record; None: it would not. It is asked of every record."""
         return lambda record: speakers_problem(record["conversations"])
 
+    def vision_tower(self, config: Mapping[str, Any]) -> str | None:
+        """The vision tower that a model with this `config.json` sees through, a folder or hub name; None: it is not named there."""
+        return None
+
     def picture_problem(self, args: Namespace, width: int, height: int) -> str | None:
         """Why an image of this size, in pixels, could not be trained on with these flags, in a few words; None: it could."""
         return None

@@ -121,7 +121,7 @@ class _Card:
     def _layers(self) -> Iterator[str]:
         if not self.region:
             return
-        layers, count, spec = self.region["layers"], self.region["num_layers"], self.region.get("spec", "")
+        layers, count, spec = self.region["layers"], self.region["num_layers"], self._spec()
         yield "## Visual region"
         yield ""
         if layers:  # pruning may have taken all of them
@@ -138,6 +138,11 @@ class _Card:
             yield ""
             yield f"Decoder layers {layer_ranges(reverted['layers'])} have been put back to the weights before visual tuning."
 
+    def _spec(self) -> str:
+        """The layer spec as it was given, without the folder of a scores file."""
+        file, ending, rest = str(self.region.get("spec") or "").rpartition(".json:")
+        return f"{Path(file).name}{ending}{rest}"
+
     def _training(self) -> Iterator[str]:
         rows = dict(self._facts())
         if rows:
@@ -150,6 +155,8 @@ class _Card:
     def _facts(self) -> Iterator[tuple[str, str]]:
         if mode := MODES.get(str(self.region.get("mode"))):
             yield "tuned by", mode
+        if tower := self.upstream.vision_tower(self.config) if self.upstream else None:
+            yield "vision tower", hub_name(tower) or Path(tower).name
         batch, cost = self.run.get("batch", {}), self.cost
         if batch:
             each, times, devices = (batch[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "devices"))
@@ -162,7 +169,7 @@ class _Card:
             yield "versions", shown
 
     def _flags(self) -> Iterator[str]:
-        flags = {**self.run.get("flags", {}), **self.run.get("steps", {}), "tune_layers": self.region.get("spec")}
+        flags = {**self.run.get("flags", {}), **self.run.get("steps", {}), "tune_layers": self._spec() or None}
         if self.run:
             yield "<details><summary>Flags that decided the training</summary>"
             yield ""

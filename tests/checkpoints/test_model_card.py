@@ -60,6 +60,7 @@ def test_the_hub_reads_it_and_it_names_no_folder_of_this_machine(models, tiny, n
                 "2 of 8 decoder layers, `1,6` (`1,6`)",
                 "    .#....#.",
                 "| tuned by | LoRA |",
+                "| vision tower | clip-tiny |",
                 "| steps | 2 |",
                 "--lora_r 8",
                 "--tune_layers 1,6",
@@ -147,6 +148,22 @@ def test_paths_and_odd_values_of_flags(run, tmp_path):
     write_card(folder)
     text = (folder / "README.md").read_text()
     assert "--plugin x.py\n" in text and "--note 'a b'\n" in text and "--empty" not in text and "--sizes '[1, 2]'\n" in text
+
+
+def test_a_spec_that_names_a_file_and_a_tower_of_the_hub(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name, changes in (
+        ("region.json", {"spec": "/home/me/scores.json:image_attention:2"}),
+        ("config.json", {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert (
+        "(`scores.json:image_attention:2`)" in text and "--tune_layers scores.json:image_attention:2\n" in text and "/home/me" not in text
+    )
+    assert "| vision tower | openai/clip-vit-large-patch14-336 |" in text
 
 
 def test_a_damaged_record_is_an_error(run, tmp_path):
