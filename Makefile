@@ -5,6 +5,7 @@
 # make test-bunny BUNNY_ROOT=DIR   the tests against a checkout of Bunny
 # make test-pinned   the tests with the versions that LLaVA itself pins: torch 2.1.2, deepspeed 0.12.6 and so on (Python 3.10 or 3.11)
 # make test-newest   the tests with the newest versions that this package takes
+# make gpu    on a machine with an NVIDIA GPU: every test that needs one, step times, the memory plan (20 minutes on an H100)
 # make soak SOAK_MINUTES=20   kill, stop, starve and start twice what takes long, at random moments (SOAK_SEED repeats a sequence)
 #
 # Each makes the virtual environment it needs. Python 3.10 to 3.12, make and g++ are enough.
@@ -26,7 +27,7 @@ SOAK_MINUTES ?= 20
 export HF_HUB_OFFLINE = 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint soak test-bunny test-pinned test-newest wheel-smoke clean
+.PHONY: test demo lint gpu soak test-bunny test-pinned test-newest wheel-smoke clean
 .PHONY: install install-llava install-bunny dependencies-llava dependencies-bunny
 install: install-llava
 install-llava: $(VENV)/.ready
@@ -88,6 +89,9 @@ test-newest: $(NEWEST_VENV)/.ready
 
 soak: $(VENV)/.ready
 	SOAK_MINUTES=$(SOAK_MINUTES) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/soak
+
+gpu: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/gpu.py --out gpu-report
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python scripts/demo.py
