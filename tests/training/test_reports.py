@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -30,6 +31,13 @@ def reported(folder: Path) -> tuple[list[float], dict]:
     found.Reload()
     (text,) = found.Tensors("llava_region/text_summary")
     return [event.value for event in found.Scalars("train/layers_recomputed")], json.loads(text.tensor_proto.string_val[0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment():
+    """transformers leaves accelerate's precision there, which later tests' processes would inherit."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")
