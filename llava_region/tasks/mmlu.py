@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llava_region.errors import LlavaRegionError
 from llava_region.tasks import answers as answers_file
-from llava_region.tasks.choices import first_letter, lettered
+from llava_region.tasks.choices import lettered, stated_letter
 from llava_region.tasks.task import LETTER_INSTRUCTION, Example, File, Result, Task, locate, percent
 
 SHOTS = 5
@@ -89,7 +89,7 @@ def _rows(path: Path, least: int) -> list[list[str]]:
 
 def correct(prediction: str, answer: str) -> bool:
     """Whether the first standalone letter of the answer is the right one."""
-    return first_letter(prediction, 4) == answer
+    return stated_letter(prediction, 4) == answer
 
 
 def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from llava_region.tasks.choices import first_letter
+from llava_region.tasks.choices import stated_letter
 from llava_region.tasks.number_words import to_digits
 
 PAIRS = (("yes", "no"), ("true", "false"), ("valid", "invalid"))
@@ -53,7 +53,7 @@ def _option(text: str, question: str) -> str | None:
         return equal[0]
     if bracketed := [letter for letter in BRACKETED.findall(text) if letter in options]:
         return bracketed[0]
-    if letter := first_letter(text, len(options)):
+    if letter := stated_letter(text, len(options)):
         return letter
     spelt = [letter for letter, option in options.items() if option and f" {option} " in f" {words} "]
     return spelt[0] if len(spelt) == 1 else None

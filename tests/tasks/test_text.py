@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llava_region.tasks.choices import first_letter, letter_or_text, lettered
+from llava_region.tasks.choices import letter_or_text, lettered, stated_letter
 from llava_region.tasks.number_words import to_digits
 from llava_region.tasks.short_answer import matches
 from llava_region.tasks.text_match import anls, contains, exact
@@ -93,13 +93,13 @@ def test_lettered_options():
         ("3B", None),
     ],
 )
-def test_first_letter_of_four(text, letter):
-    assert first_letter(text, 4) == letter
+def test_stated_letter_of_four(text, letter):
+    assert stated_letter(text, 4) == letter
 
 
 def test_the_pronoun_is_not_an_option():
-    assert first_letter("I think it is C", 10) == "C"
-    assert first_letter("I", 10) == "I"
+    assert stated_letter("I think it is C", 10) == "C"
+    assert stated_letter("I", 10) == "I"
 
 
 def test_letter_or_text_takes_the_option_spelt_out():
