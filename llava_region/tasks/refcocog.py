@@ -28,12 +28,17 @@ def padded_box(box: list[float], width: int, height: int) -> Box:
 
 
 def parse_box(text: str) -> Box | None:
-    """The first bracket of four numbers in an answer, corners sorted, clipped to [0, 1]; None if there is none."""
+    """The first bracket of four numbers in an answer, corners sorted; None if there is none. It may lie outside the picture."""
     match = BOX.search(text)
     if match is None:
         return None
-    x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in match.groups())
+    x1, y1, x2, y2 = map(float, match.groups())
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
+
+def is_outside(box: Box) -> bool:
+    """Whether a box reaches out of the picture, as one in pixels does, or one in thousandths."""
+    return min(box) < 0 or max(box) > 1
 
 
 def iou(a: Box, b: Box) -> float:
@@ -64,7 +69,8 @@ def examples(data_root: str | Path) -> list[Example]:
 
 
 def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
-    """Mean IoU (the paper's), the share of boxes with IoU of at least 0.5, and the number of answers without a box ("unparsed")."""
+    """Mean IoU (the paper's), the share of boxes with IoU of at least 0.5, and the numbers of answers without a box ("unparsed") and with
+    one that reaches out of the picture ("outside"), whose whole area counts."""
     texts, missing = answers_file.texts(TASK, examples, answers)
     boxes = [parse_box(text) for text in texts]
     overlaps = [0.0 if box is None else iou(box, example.reference) for box, example in zip(boxes, examples, strict=True)]
@@ -77,6 +83,7 @@ def score(examples: list[Example], answers: dict[Hashable, str]) -> Result:
         "mean_iou": mean,
         "acc@0.5": percent([overlap >= 0.5 for overlap in overlaps]),
         "unparsed": sum(box is None for box in boxes) - missing,
+        "outside": sum(box is not None and is_outside(box) for box in boxes),
     }
 
 

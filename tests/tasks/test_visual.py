@@ -62,7 +62,7 @@ def test_padded_box():
         ("The box is [ .1,0.20 , 3e-1,0.4 ] there", (0.1, 0.2, 0.3, 0.4)),
         ("[0.3, 0.4, 0.1, 0.2]", (0.1, 0.2, 0.3, 0.4)),  # swapped corners
         ("[0.3, 0.2, 0.1, 0.4]", (0.1, 0.2, 0.3, 0.4)),
-        ("[-0.5, 0, 1.7, 1]", (0, 0, 1, 1)),
+        ("[-0.5, 0, 1.7, 1]", (-0.5, 0, 1.7, 1)),  # as it is: to clip it would give a box in pixels a score
         ("[dog] [0, 0, 1, 1] [0, 0, 0, 0]", (0, 0, 1, 1)),  # the first bracket of four numbers
         ("[0.1, 0.2, 0.3]", None),
         ("[0.1, 0.2, 0.3, 0.4, 0.5]", None),
@@ -93,7 +93,11 @@ def test_refcocog(tmp_path):
     result = run("refcocog", tmp_path, [half, "no box", None])
     assert result["score"] == result["mean_iou"] == pytest.approx(50 / 3)
     assert result["acc@0.5"] == pytest.approx(100 / 3)
-    assert (result["n"], result["missing"], result["unparsed"]) == (3, 1, 1)
+    assert (result["n"], result["missing"], result["unparsed"], result["outside"]) == (3, 1, 1, 0)
+    # a box in pixels, whose clipped form would be the whole picture; one that reaches over the edge; and numbers of any size
+    result = run("refcocog", tmp_path, ["[0, 0, 640, 480]", "[0.2, -0.1, 0.5, 0.5]", "[1e308, -1e308, 1e400, 3]"])
+    assert result["score"] < 34 and result["mean_iou"] < 34 and result["outside"] == 3 and result["unparsed"] == 0
+    assert refcocog.iou(refcocog.parse_box("[0, 0, 640, 480]"), (0, 0, 1, 1)) == pytest.approx(1 / 640 / 480)
 
 
 @pytest.mark.parametrize(
