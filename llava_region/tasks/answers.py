@@ -19,8 +19,10 @@ def read(path: str | Path) -> list[Row]:
     if not rows:
         raise LlavaRegionError(f"{path} holds no answers; give the file that a model's answers were written to")
     for number, row in enumerate(rows, 1):
-        if "question_id" not in row or not isinstance(row.get("text"), str):
-            raise LlavaRegionError(f'{path} row {number} lacks "question_id" or a string "text", as LLaVA\'s answers files have them')
+        if not isinstance(row.get("question_id"), str | int) or not isinstance(row.get("text"), str):
+            raise LlavaRegionError(
+                f'{path} row {number} lacks "question_id" (text or a whole number) or "text" (text), as LLaVA\'s answers files have them'
+            )
     return rows
 
 
@@ -28,13 +30,20 @@ def pair(task: Task, examples: list[Example], rows: list[Row]) -> dict[Hashable,
     """Answers by the key of their question. Rows that belong to no question are ignored; of several rows for one question the last counts.
 
     Raises:
-        LlavaRegionError: there are rows, but none belongs to a question of the task.
+        LlavaRegionError: a row has a field of a wrong type; or there are rows, but none belongs to a question of the task.
     """
     keys: dict[Hashable, Hashable] = {}
     for example in examples:
         key = task.key_of(example)
         keys.update(dict.fromkeys((key, *example.aliases), key))
-    answers = {keys[key]: row["text"] for row in rows if (key := task.key(row)) in keys}
+    answers: dict[Hashable, str] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            key = task.key(row)
+        except ValueError as e:
+            raise LlavaRegionError(f"row {number} of the answers to {task.name} {e}; correct the row") from e
+        if key in keys:
+            answers[keys[key]] = row["text"]
     if rows and not answers:
         raise LlavaRegionError(
             f"none of the {len(rows)} answers belongs to a question of {task.name} (first question_id: {rows[0]['question_id']!r}, "

@@ -107,16 +107,28 @@ def _example(row: dict[str, str], options: list[str], image: bytes, shift: int) 
         answer = LETTERS[(LETTERS.index(answer) + shift) % len(options)]
     hint = [row["hint"]] if _given(row.get("hint")) else []
     prompt = "\n".join([*hint, row["question"], lettered(shown), LETTER_INSTRUCTION])
-    return Example(index, prompt, image, Reference(index % ROTATION, index // ROTATION, shown, answer, row.get("category") or ""))
+    reference = Reference(index % ROTATION, index // ROTATION, shown, answer, row.get("category") or "")
+    return Example(index, prompt, image, reference, aliases=(_round_key(reference.base, shown),))
 
 
-def key(row: Row) -> str:
-    """The row's index. LLaVA's `--all-rounds` writes all rotations, in the opposite direction, under one id with a `round_id`."""
-    question_id, round_id = str(row["question_id"]), row.get("round_id", 0)
-    if round_id and question_id.isdigit():
-        rotation, base = divmod(int(question_id), ROTATION)
-        return str(base + ROTATION * ((rotation - round_id) % len(row["options"])))
-    return question_id
+def key(row: Row) -> Hashable:
+    """The row's index. LLaVA's `--all-rounds` writes all rotations under one id with a `round_id`, and each one's options in its order:
+    such a row is known by these.
+
+    Raises:
+        ValueError: a round without its options.
+    """
+    question_id, round_id = str(row["question_id"]), row.get("round_id")
+    if round_id in (None, 0, "0", "") or not question_id.isdigit():
+        return question_id
+    options = row.get("options")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError("has a 'round_id' and no list of texts as 'options', by which the rotation is known")
+    return _round_key(int(question_id) % ROTATION, options)
+
+
+def _round_key(base: int, options: list[str]) -> tuple[str, ...]:
+    return (str(base), *options)
 
 
 def correct(prediction: str, reference: Reference) -> bool:

@@ -52,7 +52,7 @@ def _example(row: dict[str, Any], problem: dict[str, Any], folder: Path) -> Exam
     question = row["conversations"][0]["value"].replace("<image>", "").strip()
     image = folder / row["image"] if "image" in row else None
     reference = Reference(problem["answer"], len(problem["choices"]), image is not None, problem["subject"])
-    return Example(row["id"], f"{question}\n{LETTER_INSTRUCTION}", image, reference)
+    return Example(row["id"], f"{question}\n{LETTER_INSTRUCTION}", image, reference, shows_image=True)
 
 
 def parse(text: str) -> str | None:

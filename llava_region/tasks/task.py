@@ -46,6 +46,7 @@ class Example:
         image: a file (it may be missing), encoded bytes (they may be corrupt), or None for a question without an image.
         reference: what the task's scorer compares an answer with; its type is the task's own.
         aliases: other keys under which an answers file may hold this question.
+        shows_image: whether an answers file has `<image>` in front of the prompt, as LLaVA's scorer of the task looks for it.
     """
 
     question_id: str | int
@@ -54,9 +55,12 @@ class Example:
     reference: Any = None
     aliases: tuple[Hashable, ...] = ()
 
+    shows_image: bool = False
+
     def row(self, text: str) -> Row:
         """The row of an answers file in LLaVA's form."""
-        return {"question_id": self.question_id, "prompt": self.prompt, "text": text}
+        mark = "<image>\n" if self.shows_image and self.image is not None else ""
+        return {"question_id": self.question_id, "prompt": mark + self.prompt, "text": text}
 
 
 def id_key(row: Row) -> Hashable:
@@ -152,11 +156,13 @@ def read_jsonl(path: Path) -> list[Row]:
     """A file of one JSON object per line; blank lines are ignored.
 
     Raises:
-        LlavaRegionError: it is missing, is not UTF-8, or a line is not a JSON object; the message gives the line's number.
+        LlavaRegionError: it is missing, is not in one of Unicode's encodings (with or without its mark), or a line is not a JSON object;
+            the message gives the line's number.
     """
     rows = []
+    data = read_bytes(path)
     try:
-        text = read_bytes(path).decode("utf-8")
+        text = data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as e:
         raise LlavaRegionError(f"{path} is not a text file in UTF-8 ({e}); save it in that encoding") from e
     for number, line in enumerate(text.split("\n"), 1):

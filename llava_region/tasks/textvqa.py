@@ -30,11 +30,18 @@ def question_of(prompt: str) -> str:
 
 
 def key(row: Row) -> Hashable:
-    """Image id and question, which together identify a question in LLaVA's answers; of a row whose id is a number, the number."""
+    """Image id and question, which together identify a question in LLaVA's answers; of a row whose id is a number, the number.
+
+    Raises:
+        ValueError: the prompt is no text.
+    """
     question_id = str(row["question_id"])
     if question_id.isdigit() and len(question_id) < IMAGE_ID_LENGTH:
         return question_id
-    return question_id, question_of(row.get("prompt", ""))
+    prompt = row.get("prompt") or ""
+    if not isinstance(prompt, str):
+        raise ValueError(f"has a {type(prompt).__name__} as 'prompt'; allowed: the text that was asked")
+    return question_id, question_of(prompt)
 
 
 def examples(data_root: str | Path) -> list[Example]:

@@ -67,7 +67,7 @@ def test_a_task_end_to_end(whole, root, llava_checkpoint, name):
     out, results = whole
     examples = tasks.load(name).examples(root)
     answered = rows(out / f"{name}.jsonl")
-    assert [(r["question_id"], r["prompt"]) for r in answered] == [(e.question_id, e.prompt) for e in examples]
+    assert [(r["question_id"], r["prompt"]) for r in answered] == [(e.question_id, e.row("")["prompt"]) for e in examples]
     assert all(row["model_id"] == "llava-tiny" and row["metadata"].keys() <= {"cut_prompt"} for row in answered)
     result = results[name]
     assert result["missing"] == result["unreadable_images"] == 0 and "limit" not in result and result["n"] > 1

@@ -171,18 +171,6 @@ def test_mmbench_answers_to_base_rows_alone(tmp_path):
     assert (partly["score"], partly["metric"], partly["missing"]) == (50, "circular", 3)
 
 
-def test_mmbench_rounds_of_upstream(tmp_path):
-    """LLaVA's `--all-rounds` writes every rotation under the base row's id, with a `round_id`."""
-    data_roots.write_mmbench(tmp_path, rotations=False)
-    task = tasks.load("mmbench")
-    examples = task.examples(tmp_path)
-    shared = {"prompt": "", "options": ["red", "green", "blue", "white"]}
-    rows = [{**shared, "question_id": 241, "round_id": k, "text": letter} for k, letter in enumerate("ADCB")]  # red moves up
-    shared = {"prompt": "", "options": ["yes", "no"]}
-    rows += [{**shared, "question_id": 252, "round_id": k, "text": letter} for k, letter in enumerate("AB")]
-    assert task.score(examples, answers.pair(task, examples, rows))["score"] == 100
-
-
 def test_mmbench_images_by_reference_and_broken(tmp_path):
     """Some releases write a rotation's image as the index of the row that holds it; broken base64 is kept, to fail when opened."""
     rows = data_roots.mmbench_rows()
