@@ -42,6 +42,7 @@ class BunnyModels(ModelSide):
 
     title = "Bunny"
     conversation = conversation
+    unpadded_tasks = ("scienceqa",)  # bunny/eval/model_vqa_science.py
     families = {
         "bunny-llama": Family(bunny_models.BunnyLlamaForCausalLM, "llama"),
         "bunny-phi3": Family(bunny_models.BunnyPhi3ForCausalLM, "phi3"),

@@ -47,12 +47,14 @@ class ModelSide(ABC):
         families: by model type.
         conversation: the upstream's module with `conv_templates`.
         tower_keys: where a config names the vision tower.
+        unpadded_tasks: benchmarks whose images the upstream's own script for them does not pad, whatever the config says.
     """
 
     title: ClassVar[str]
     families: ClassVar[Mapping[str, Family]]
     conversation: ClassVar[Any]
     tower_keys: ClassVar[tuple[str, ...]] = ("mm_vision_tower",)
+    unpadded_tasks: ClassVar[tuple[str, ...]] = ()
 
     # -- loading
 

@@ -13,6 +13,7 @@ A later run on further tasks adds to it.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,7 @@ def _answer_batches(
     """Each batch with its rows: an empty answer where the image could not be read."""
     name = loaded.folder.name
     model_id = f"{loaded.folder.resolve().parent.name}_{name}" if name.startswith("checkpoint-") else name  # as upstream names it
-    for batch, pictures in prefetch(lambda batch: [_picture(loaded, example) for example in batch], todo, workers):
+    for batch, pictures in prefetch(lambda batch: [_picture(loaded, task, example) for example in batch], todo, workers):
         shown = [(example, picture) for example, picture in zip(batch, pictures, strict=True) if not isinstance(picture, str)]
         prompts = [_fit(loaded, task, example) for example, _ in shown]
         texts = _generate(loaded, [ids for ids, _ in prompts], [picture for _, picture in shown], task.max_new_tokens) if shown else []
@@ -176,12 +177,12 @@ def _answer_batches(
         yield batch, rows
 
 
-def _picture(loaded: LoadedModel, example: Example) -> list[torch.Tensor] | str:
+def _picture(loaded: LoadedModel, task: Task, example: Example) -> list[torch.Tensor] | str:
     """The example's images, [] or [(3, H, W)], or why there is none to show."""
     if example.image is None:
         return []
     try:
-        return [read_pixels(example.image, loaded.pixel_values)]
+        return [read_pixels(example.image, partial(loaded.pixel_values, task=task.name))]
     except UnreadableImage as e:
         return " ".join(str(e).split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,15 +78,22 @@ class LoadedModel:
         """Token ids (T,) of a prompt, negative for each `<image>`."""
         return self.side.input_ids(prompt, self.tokenizer)
 
-    def pixel_values(self, image: Image) -> Tensor:
+    def pixel_values(self, image: Image, task: str | None = None) -> Tensor:
         """A PIL image as the vision tower takes it: (3, H, W), padded to a square where the config says `pad`.
+
+        Args:
+            task: the benchmark that it belongs to, for which the upstream's own script may not pad it.
 
         Raises:
             LlavaRegionError: a plain LLM sees no images.
         """
         if self.image_processor is None:
             raise LlavaRegionError(f"{self.folder} is a language model without a vision tower; give it text only")
-        return self.side.pixel_values(image.convert("RGB"), self.image_processor, self.model.config)
+        config = self.model.config
+        if task in self.side.unpadded_tasks:
+            config = copy.copy(config)
+            config.image_aspect_ratio = None
+        return self.side.pixel_values(image.convert("RGB"), self.image_processor, config)
 
     def example(self, record: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """A LLaVA-format record through the training template: ids (T,) and labels (T,), -100 but on answers and their EOS.

@@ -232,6 +232,16 @@ def test_pixels_are_upstreams_padded_square(loaded, tiny):
     assert pixels[:, 28, 28].gt(1).all()
 
 
+def test_an_upstream_whose_script_does_not_pad(loaded, monkeypatch):
+    """As Bunny's for ScienceQA; LLaVA's pad for every benchmark."""
+    wide = Image.linear_gradient("L").resize((80, 20)).convert("RGB")
+    assert loaded.side.unpadded_tasks == () and torch.equal(loaded.pixel_values(wide, "scienceqa"), loaded.pixel_values(wide))
+    monkeypatch.setattr(type(loaded.side), "unpadded_tasks", ("scienceqa",))
+    plain = loaded.image_processor.preprocess(wide, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(loaded.pixel_values(wide, "scienceqa"), plain)
+    assert not torch.equal(loaded.pixel_values(wide, "mmbench"), plain) and loaded.model.config.image_aspect_ratio == "pad"
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_image_mask_has_the_true_positions(loaded, side):
     """Images at the start, in the middle, at the end, two of them, none: one padded batch."""

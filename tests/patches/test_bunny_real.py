@@ -100,6 +100,9 @@ def check_loading(out, files):
     assert ours.tokenizer.eos_token_id == tokenizer.eos_token_id
     with Image.open(files.images / "3.png") as image:
         pixels = ours.pixel_values(image.resize((70, 40)))
+        # Bunny's own script for this benchmark does not pad
+        bare = ours.image_processor.preprocess(image.resize((70, 40)).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(ours.pixel_values(image.resize((70, 40)), "scienceqa"), bare) and not torch.equal(pixels, bare)
     ids, text = ours.input_ids(ours.prompt("What color is this?", 1)), ours.input_ids(ours.prompt("What is 1 plus 2?"))
     with torch.inference_mode():
         expected = model(input_ids=ids[None].clone(), images=pixels[None].half()).logits
