@@ -62,7 +62,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """The rows of the TSV by column name."""
     limit = csv.field_size_limit(1 << 30)  # an image in base64 is longer than csv's default of 131,072 characters
     try:
-        with path.open(encoding="utf-8", newline="") as f:
+        with path.open(encoding="utf-8-sig", newline="") as f:
             rows = list(csv.DictReader(f, delimiter="\t"))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise LlavaRegionError(f"cannot read {path}: {e}; download it again") from e
@@ -71,6 +71,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
     needed = ("index", "question", "answer", "image", "A", "B")
     if absent := [name for name in needed if not rows or rows[0].get(name) is None]:
         raise LlavaRegionError(f"{path} lacks the columns {', '.join(absent)} or is cut off; download it again")
+    for row in rows:  # those of the test split are kept by the benchmark's server
+        if row["answer"] not in tuple(OPTIONS[: len(_options(row))]):
+            raise LlavaRegionError(
+                f"{path} row {row['index']} has the answer '{row['answer']}', which is none of its options; give the dev split, {SOURCE}"
+            )
     return rows
 
 

@@ -76,8 +76,8 @@ def _question(row: list[str]) -> str:
 def _rows(path: Path, least: int) -> list[list[str]]:
     """The file's rows, at least `least`: question, four options, letter."""
     try:
-        with path.open(encoding="utf-8", newline="") as f:
-            rows = list(csv.reader(f))
+        with path.open(encoding="utf-8-sig", newline="") as f:
+            rows = [row for row in csv.reader(f) if row]  # an editor may leave an empty line at the end
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise LlavaRegionError(f"cannot read {path}: {e}; download it again") from e
     wrong = next((n for n, row in enumerate(rows, 1) if len(row) != COLUMNS or row[-1] not in tuple("ABCD")), None)

@@ -81,3 +81,25 @@ def test_rounds_are_known_by_their_options(tmp_path):
     rows = [{"question_id": 241, "round_id": 1, "text": "A", "prompt": ""}]
     with pytest.raises(LlavaRegionError, match=r"row 1 of the answers to mmbench has a 'round_id' and no list of texts as 'options'"):
         answers.pair(task, examples, rows)
+
+
+def test_a_questions_file_without_answers(tmp_path):
+    """The test split of MMBench: every answer would be wrong."""
+    data_roots.write_mmbench(tmp_path)
+    (path,) = (tmp_path / "mmbench").glob("*.tsv")
+    head, *lines = path.read_text().splitlines()
+    at = head.split("\t").index("answer")
+    rows = [line.split("\t") for line in lines]
+    for given in ("", "nan", "E", "AB"):
+        path.write_text("\n".join([head, *("\t".join([*row[:at], given, *row[at + 1 :]]) for row in rows)]) + "\n")
+        with pytest.raises(LlavaRegionError, match=rf"has the answer '{given}', which is none of its options; give the dev split"):
+            tasks.load("mmbench").examples(tmp_path)
+
+
+def test_what_an_editor_leaves_in_mmlu(tmp_path):
+    """An empty line at the end, and an encoding mark at the beginning."""
+    data_roots.write_mmlu(tmp_path)
+    before = tasks.load("mmlu").examples(tmp_path)
+    path = tmp_path / "mmlu/test/anatomy_test.csv"
+    path.write_bytes("\ufeff".encode() + path.read_bytes().rstrip() + b"\r\n\r\n")
+    assert tasks.load("mmlu").examples(tmp_path) == before
