@@ -36,8 +36,9 @@ export MODE PYTHON DRY_RUN
 [[ -z ${OUT:-} ]] || die "OUT is '$OUT', but a driver names the folder of each run; unset it, and set RESULTS to write elsewhere"
 [[ ! " ${TRAIN_FLAGS:-}" =~ [[:space:]]--(tune[_-]layers|output[_-]dir)([=[:space:]]|$) ]] ||
     die "TRAIN_FLAGS has --${BASH_REMATCH[1]}, which a driver sets for each run; leave it out"
-for setting in SPEC SPECS LLAVA_7B_SPECS LLAVA_13B_SPECS BUNNY_LLAMA3_8B_SPECS DROPS PERCENTS SETS; do
-    [[ -z ${!setting:-} ]] || grep -qw "$setting" "$0" || die "$setting is '${!setting}', and $(basename "$0") has no such setting; unset it (--help lists those that it has)"
+for setting in SPEC SPECS; do # easily taken for one another, and for LLAVA_7B_SPECS
+    [[ -z ${!setting:-} ]] || grep -qw "$setting" "$0" ||
+        die "$setting is '${!setting}', and $(basename "$0") has no such setting; unset it (--help lists those that it has)"
 done
 [[ ${PAPER:-0} == [01] ]] || die "PAPER is '$PAPER'; allowed: 0 or 1"
 
