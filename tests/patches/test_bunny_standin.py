@@ -20,7 +20,18 @@ pytest.importorskip("deepspeed")  # saving a LoRA run imports it
 
 from llava_region.data.tiny import easy_vqa_folder, easy_vqa_records, text_records
 from tests.helpers.bunny_models import GPT, BunnyFiles, bunny_flags, write_siglip, write_tokenizer
-from tests.helpers.training_runs import LORA, adapter, environment, layers_of, needs_fp16, projector, same, torchrun, write_zero3
+from tests.helpers.training_runs import (
+    LORA,
+    adapter,
+    environment,
+    layers_of,
+    needs_fp16,
+    needs_zero_on_cpu,
+    projector,
+    same,
+    torchrun,
+    write_zero3,
+)
 
 pytestmark = needs_fp16  # the stand-in's tower is in fp32, but Bunny's is not, and a training is refused as it would be there
 HERE = Path(__file__).parent
@@ -207,6 +218,7 @@ def test_no_bunny_says_where_to_get_it(files, tmp_path):
 
 
 @pytest.mark.slow
+@needs_zero_on_cpu
 def test_zero3_on_two_ranks(files, tmp_path):
     """By the path of the train script, as an existing launch line has it."""
     script = HERE / "standin_bunny" / "bunny" / "train" / "train.py"
