@@ -22,8 +22,7 @@ help_if_asked() { # SCRIPT SETTINGS ARGUMENTS...
 }
 
 # A misspelt name of a layer selection would be found only after the GPUs were taken. The rest is checked by the training itself.
-check_layers() { # SPEC [SETTING]
-    local setting=${2:-TUNE_LAYERS}
+check_layers() { # SPEC SETTING
     local spec=${1//[[:space:]]/}
     local name=${spec%%:*}
     case $spec in
@@ -31,11 +30,11 @@ check_layers() { # SPEC [SETTING]
     esac
     case $name in
         sparse | lower | lower-middle | upper-middle | top | hybrid)
-            [[ $spec =~ ^[a-z-]+:[0-9.]+%?$ ]] || die "$setting is '$1'; allowed: a number of layers or a percentage, such as $name:8 or $name:25%"
+            [[ $spec =~ ^[a-z-]+:[0-9.]+%?$ ]] || die "$2 is '$1'; allowed: a number of layers or a percentage, such as $name:8 or $name:25%"
             ;;
         *)
             [[ $spec =~ ^[0-9,-]+$ ]] ||
-                die "$setting is '$1'; allowed: all, layers such as 0,4,8-11, FILE.json:METRIC:8, or sparse, lower, lower-middle, upper-middle, top or hybrid with a number or percentage, such as sparse:25%"
+                die "$2 is '$1'; allowed: all, layers such as 0,4,8-11, FILE.json:METRIC:8, or sparse, lower, lower-middle, upper-middle, top or hybrid with a number or percentage, such as sparse:25%"
             ;;
     esac
 }
@@ -45,6 +44,12 @@ print_command() {
     printf '%q' "$1"
     printf ' %q' "${@:2}"
     echo
+}
+
+# Check a setting that is on or off; off is the default.
+switch() { # NAME
+    [[ ${!1:-0} == [01] ]] || die "$1 is '${!1}'; allowed: 1, or 0 or nothing"
+    printf -v "$1" %s "${!1:-0}"
 }
 
 # Check a setting, and write it without zeros before it, which bash would read as octal.

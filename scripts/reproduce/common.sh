@@ -17,31 +17,25 @@
 #                               runs; NUM_GPUS, if it is set, is for all steps
 #   PAPER=1                     train at the paper's cost: every layer recomputed, logits at every position. Same model, another folder
 #   DRY_RUN=1                   print every command, finished or not, one per line, and run none
+# All regions, models, tasks and numbers are checked before the first step. TUNE_LAYERS and OUT are refused: a driver sets them for each
+# run itself.
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SCRIPTS/launching.sh"
 help_if_asked "$0" "${BASH_SOURCE[0]}" "$@"
+source "$SCRIPTS/reproduce/checks.sh"
 
 RESULTS=${RESULTS:-results/reproduce}
 EVAL_DATA=${EVAL_DATA:-data/eval}
 FLICKR_IMAGES=${FLICKR_IMAGES:-data/flickr30k/images}
 ATTENTION_TASKS=${ATTENTION_TASKS:-docvqa ocrvqa tdiuc refcocog}
+ATTENTION_TASKS=${ATTENTION_TASKS//,/ }
 MODE=${MODE:-lora}
 PYTHON=${PYTHON:-python}
-DRY_RUN=${DRY_RUN:-0}
+switch DRY_RUN
+switch PAPER
 VISUAL_TASKS=ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa
 export MODE PYTHON DRY_RUN
-# What a driver sets itself would be ignored, or would train something else than the folder's name says.
-[[ -z ${TUNE_LAYERS:-} ]] || die "TUNE_LAYERS is '$TUNE_LAYERS', but a driver chooses the layers of each run; unset it, or train one run with a launcher of $SCRIPTS/train"
-[[ -z ${OUT:-} ]] || die "OUT is '$OUT', but a driver names the folder of each run; unset it, and set RESULTS to write elsewhere"
-[[ ! " ${TRAIN_FLAGS:-}" =~ [[:space:]]--(tune[_-]layers|output[_-]dir)([=[:space:]]|$) ]] ||
-    die "TRAIN_FLAGS has --${BASH_REMATCH[1]}, which a driver sets for each run; leave it out"
-for setting in SPEC SPECS; do # easily taken for one another, and for LLAVA_7B_SPECS
-    [[ -z ${!setting:-} ]] || grep -qw "$setting" "$0" ||
-        die "$setting is '${!setting}', and $(basename "$0") has no such setting; unset it (--help lists those that it has)"
-done
-[[ ${PAPER:-0} == [01] ]] || die "PAPER is '$PAPER'; allowed: 0 or 1"
-
 # A number of GPUs that the user gave is for every step. Else each step counts those of the machine on which it runs.
 if [[ -n ${NUM_GPUS:-} ]]; then
     whole_number NUM_GPUS 1
@@ -108,22 +102,22 @@ use_model() {
     model=$1
     case $model in
         llava_7b)
-            name=llava-v1.5-7b template=vicuna_v1
-            backbone=lmsys/vicuna-7b-v1.5 data=playground/data/llava_v1_5_mix665k.json
+            name=llava-v1.5-7b template=vicuna_v1 papers_layers=32
+            papers_backbone=lmsys/vicuna-7b-v1.5 data=playground/data/llava_v1_5_mix665k.json
             ;;
         llava_13b)
-            name=llava-v1.5-13b template=vicuna_v1
-            backbone=lmsys/vicuna-13b-v1.5 data=playground/data/llava_v1_5_mix665k.json
+            name=llava-v1.5-13b template=vicuna_v1 papers_layers=40
+            papers_backbone=lmsys/vicuna-13b-v1.5 data=playground/data/llava_v1_5_mix665k.json
             ;;
         bunny_llama3_8b)
-            name=bunny-llama3-8b template=llama
-            backbone=meta-llama/Meta-Llama-3-8B-Instruct data=data/finetune/bunny_695k.json
+            name=bunny-llama3-8b template=llama papers_layers=32
+            papers_backbone=meta-llama/Meta-Llama-3-8B-Instruct data=data/finetune/bunny_695k.json
             ;;
         *) die "unknown model '$model'; allowed: llava_7b, llava_13b, bunny_llama3_8b" ;;
     esac
     local own=${model^^}
     local own_model=${own}_MODEL own_data=${own}_DATA setting
-    backbone=${!own_model:-${MODEL:-$backbone}}
+    backbone=${!own_model:-${MODEL:-$papers_backbone}}
     data=${!own_data:-${DATA:-$data}}
     settings=("MODEL=$backbone" "DATA=$data")
     for setting in VISION_TOWER PROJECTOR IMAGES; do
@@ -134,42 +128,36 @@ use_model() {
     [[ $MODE != full ]] || base_flags=() # a fully tuned model needs no base
 }
 
-# SETTING SPEC...: check the regions of the current model before the first training: a misspelt one should not be found after a night.
-check_regions() {
-    local spec
-    for spec in "${@:2}"; do
-        check_layers "$spec" "$1"
-        # the number of layers is known where the model is here
-        [[ ! -f $backbone/config.json ]] || "${REGION[@]}" layers "$backbone" "$spec" >/dev/null ||
-            die "$1 has '$spec', which is no region of $backbone (see above)"
-    done
-}
-
-# SETTING LEAST NUMBER...: the same for settings that hold several whole numbers.
-check_numbers() {
-    local number
-    (($# > 2)) || die "$1 is empty; allowed: whole numbers, at least $2, separated by spaces"
-    for number in "${@:3}"; do
-        if ! [[ $number =~ ^[0-9]{1,9}$ ]] || ((10#$number < $2)); then
-            die "$1 has '$number'; allowed: whole numbers, at least $2, separated by spaces"
-        fi
-    done
-}
-
 # Check before the first training that what later steps read exists: a wrong EVAL_DATA should not be found after a night.
 check_inputs() {
-    local needed=${TASKS:-}${NEEDED_TASKS:+,$NEEDED_TASKS} images=() # NEEDED_TASKS: those that data are made of
-    [[ -n $needed && ! -v inputs_checked ]] || return 0
+    local inputs=(--data-root "$EVAL_DATA") words
+    [[ ! -v inputs_checked ]] || return 0
     inputs_checked=1
-    [[ ! -v NEEDS_FLICKR ]] || images=(--images "$FLICKR_IMAGES")
-    "$PYTHON" "$SCRIPTS/reproduce/score_data.py" check "${needed#,}" --data-root "$EVAL_DATA" "${images[@]}"
+    [[ ! -v NEEDS_FLICKR ]] || inputs+=(--images "$FLICKR_IMAGES")
+    words_of "${TEXT_FILES:-}"
+    ((${#words[@]} == 0)) || inputs+=(--texts "${words[@]}")
+    check_tasks "${inputs[@]}"
+}
+
+# [FLAG...]: check the names of the benchmarks that models are asked (TASKS) or that data are made of (NEEDED_TASKS), and what the flags name.
+check_tasks() {
+    local made=()
+    [[ -n ${TASKS:-}${NEEDED_TASKS:-} ]] || return 0
+    [[ -z ${NEEDED_TASKS:-} ]] || made=(--made-of "$NEEDED_TASKS")
+    "$PYTHON" "$SCRIPTS/reproduce/score_data.py" check "${TASKS:-$NEEDED_TASKS}" "${made[@]}" "$@"
+}
+
+# SPEC [SUFFIX]: set `run` to the folder of the current model's run.
+run_of() {
+    run=$RESULTS/runs/$name-$MODE-$(region_name "$1")${2:-}
+    [[ $PAPER != 1 ]] || run+=-paper
 }
 
 # SPEC [SUFFIX [SETTING=VALUE...]]: train that region; sets `run` to the run's folder.
 train() {
-    local spec=$1 suffix=${2:-} paper=()
-    [[ ${PAPER:-0} != 1 ]] || suffix+=-paper paper=(--region_checkpointing all --supervised_logits False)
-    run=$RESULTS/runs/$name-$MODE-$(region_name "$spec")$suffix
+    local spec=$1 paper=()
+    [[ $PAPER != 1 ]] || paper=(--region_checkpointing all --supervised_logits False)
+    run_of "$spec" "${2:-}"
     local launcher=(env "${settings[@]}" "${@:3}" "OUT=$run" "TUNE_LAYERS=$spec")
     words_of "${TRAIN_FLAGS:-}"
     words=("${paper[@]}" "${words[@]}")

@@ -13,17 +13,17 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-ocrvqa,textvqa,docvqa,scienceqa}
-VISUAL_DATA=${VISUAL_DATA-ocrvqa docvqa}
-TEXT_DATA=${TEXT_DATA-mmlu bbh}
+VISUAL_DATA=${VISUAL_DATA-ocrvqa docvqa} TEXT_DATA=${TEXT_DATA-mmlu bbh}
+VISUAL_DATA=${VISUAL_DATA//,/ } TEXT_DATA=${TEXT_DATA//,/ }
 SETS=${SETS:-0-3;4-7;12-15;20-23;28-31}
 RECORDS=${RECORDS:-1000}
-whole_number RECORDS 1
-DROPS=${DROPS:-1 2 3 4}
-words_of "$DROPS"
-check_numbers DROPS 1 "${words[@]}"
 NEEDS_FLICKR=1
 words_of "$VISUAL_DATA $TEXT_DATA"
 NEEDED_TASKS=$(IFS=,; echo "${words[*]}")
+MODELS=${MODELS:-llava_7b}
+DROPS=${DROPS:-1 2 3 4}
+whole_number RECORDS 1
+check_settings MODELS SETS DROPS
 
 # Set `visual` and `text` to --data flags, after making the files.
 make_data() {
@@ -54,13 +54,14 @@ measure() {
     measured+=(--perplexity "$out")
 }
 
-measured=()
-MODELS=${MODELS:-llava_7b}
-IFS=";" read -ra sets <<<"$SETS"
+IFS=';' read -ra sets <<<"$SETS"
 for each in $MODELS; do
     use_model "$each"
-    check_regions SETS "${sets[@]}"
+    check_layer_sets SETS "${sets[@]}"
+    check_drops ${num_layers:+$((num_layers - 1))}
+    check_regions MODELS all
 done
+measured=()
 for each in $MODELS; do
     use_model "$each"
     train_and_evaluate all

@@ -4,24 +4,32 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-ocrvqa,textvqa,tdiuc,gqa}
-SPECS=${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}
+words_of "${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}"
+specs=("${words[@]}")
 PERCENTS=${PERCENTS:-100 25 10}
-words_of "$PERCENTS"
-check_numbers PERCENTS 1 "${words[@]}"
+check_settings SPECS PERCENTS
 
-use_model bunny_llama3_8b
-words_of "$SPECS"
-check_regions SPECS "${words[@]}"
+suffix_of() { # PERCENT: of the names of a part and of its runs
+    [[ $1 == 100 ]] || echo "-data-${1}pct"
+}
+
+suffixes=()
+for percent in $PERCENTS; do
+    [[ $percent =~ ^(100|[1-9][0-9]?(\.[0-9]+)?|0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+        die "PERCENTS has '$percent'; allowed: 100, and numbers above 0 and below 100, such as 25 or 12.5"
+    suffixes+=("$(suffix_of "$percent")")
+done
+only_model bunny_llama3_8b
+check_regions SPECS "${specs[@]}"
 scales=()
 for percent in $PERCENTS; do
-    suffix=
+    suffix=$(suffix_of "$percent")
     part=$data
-    if ((percent < 100)); then
-        suffix=-data-${percent}pct
+    if [[ -n $suffix ]]; then
         part=$RESULTS/data/$(basename "$data" .json)$suffix.json
         once "$part" "${REGION[@]}" subset "$data" --fraction "$percent%" --seed 0 --out "$part"
     fi
-    for spec in $SPECS; do
+    for spec in "${specs[@]}"; do
         train_and_evaluate "$spec" "$suffix" "DATA=$part"
         scales+=(--data-scale "$(basename "$run")=$percent")
     done

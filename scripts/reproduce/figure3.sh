@@ -8,13 +8,9 @@ BUNNY_LLAMA3_8B_SPECS=${BUNNY_LLAMA3_8B_SPECS:-all sparse:16 sparse:8 sparse:6 s
 LLAVA_7B_SPECS=${LLAVA_7B_SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}
 LLAVA_13B_SPECS=${LLAVA_13B_SPECS:-all sparse:10 sparse:9}
 MODELS=${MODELS:-llava_7b bunny_llama3_8b llava_13b}
+check_settings MODELS BUNNY_LLAMA3_8B_SPECS LLAVA_7B_SPECS LLAVA_13B_SPECS
 
-for model in $MODELS; do
-    use_model "$model"
-    specs=${model^^}_SPECS
-    words_of "${!specs}"
-    check_regions "$specs" "${words[@]}"
-done
+check_models "$MODELS"
 for model in $MODELS; do
     use_model "$model"
     specs=${model^^}_SPECS

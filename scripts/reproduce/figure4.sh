@@ -8,11 +8,13 @@ TASKS=${TASKS:-ocrvqa,textvqa,docvqa,scienceqa}
 NEEDS_FLICKR=1
 SPEC=${SPEC:-sparse:8}
 DROPS=${DROPS:-1 2 3 4}
-words_of "$DROPS"
-check_numbers DROPS 1 "${words[@]}"
+check_settings SPEC DROPS
 
-use_model llava_7b
-check_regions SPEC "$SPEC"
+only_model llava_7b
+run_of all
+scored_first=$RESULTS/scores/$(basename "$run")-angles.json # SPEC may name it
+check_regions SPEC "$SPEC" all
+check_drops ${num_layers:+$((num_layers - sizes[0] < num_layers - 1 ? num_layers - sizes[0] : num_layers - 1))}
 for spec in all "$SPEC"; do
     train_and_evaluate "$spec"
     trained=$run

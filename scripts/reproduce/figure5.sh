@@ -5,12 +5,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NEEDED_TASKS=${ATTENTION_TASKS// /,}
-
-found=()
 MODELS=${MODELS:-bunny_llama3_8b}
+check_settings MODELS
+
 for each in $MODELS; do
     use_model "$each"
+    check_regions MODELS all
 done
+found=()
 for each in $MODELS; do
     use_model "$each"
     train all

@@ -4,7 +4,8 @@ python score_data.py images FOLDER --out FILE                    the names of al
 python score_data.py task NAME --data-root DIR --out FILE        a benchmark's questions, without answers, for image attention
 python score_data.py answers NAME --data-root DIR --out FILE [--limit N]   its questions with the right answers, for perplexity (Figure 1)
 python score_data.py text FILE... --out FILE [--limit N]         paragraphs of text files, for perplexity
-python score_data.py check TASKS --data-root DIR [--images FOLDER]   write nothing; fail if the tasks' files or the images are missing
+python score_data.py check TASKS [--made-of TASKS] [--data-root DIR] [--images FOLDER] [--texts FILE...]   write nothing; fail if one of the
+    others would fail with these: without DIR, if a name is unknown; with it, also if a file, images or texts are missing
 """
 
 import argparse
@@ -98,6 +99,24 @@ def some(records: list[dict], limit: int | None, seed: int = 0) -> list[dict]:
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), limit))]
 
 
+def check(names: str, args: argparse.Namespace) -> None:
+    """Fail where a later call with these names and files would.
+
+    Raises:
+        LlavaRegionError: an unknown name; with a data root, what is missing or of another form.
+    """
+    made_of = tasks.parse_names(args.made_of) if args.made_of else []
+    asked = list(dict.fromkeys([*tasks.parse_names(names), *made_of]))
+    if args.data_root:
+        tasks.check(asked, args.data_root)
+        for task in made_of:
+            questions(task, args.data_root)
+    if args.images:
+        image_names(args.images)
+    if args.texts:
+        paragraphs(args.texts)
+
+
 def _records(args: argparse.Namespace) -> list[dict]:
     if args.kind == "text":
         found = paragraphs([Path(name) for name in args.source])
@@ -111,11 +130,13 @@ def main() -> int:
     parser.add_argument("kind", choices=("images", "task", "answers", "text", "check"))
     parser.add_argument("source", nargs="+", help="image folder, the task's name, names separated by commas, or text files")
     parser.add_argument("--data-root", type=Path, help="folder with the benchmarks' official files, one folder per task")
-    parser.add_argument("--images", type=Path, help="check that this folder has images")
+    parser.add_argument("--images", type=Path, help="check: that this folder has images")
+    parser.add_argument("--made-of", default="", help="check: benchmarks that data will be made of, names separated by commas")
+    parser.add_argument("--texts", type=Path, nargs="+", help="check: text files that data will be made of")
     parser.add_argument("--limit", type=int, help="answers, text: draw at most so many records at random, always the same")
     parser.add_argument("--out", type=Path, help="file to write")
     args = parser.parse_args()
-    for kinds, option in ((("images", "task", "answers", "text"), "out"), (("task", "answers", "check"), "data_root")):
+    for kinds, option in ((("images", "task", "answers", "text"), "out"), (("task", "answers"), "data_root")):
         if args.kind in kinds and not getattr(args, option):
             parser.error(f"{args.kind} needs --{option.replace('_', '-')}")
     if args.kind != "text" and len(args.source) > 1:
@@ -125,9 +146,7 @@ def main() -> int:
     source = args.source[0]
     try:
         if args.kind == "check":
-            tasks.check(tasks.parse_names(source), args.data_root)
-            if args.images:
-                image_names(args.images)
+            check(source, args)
             return 0
         data: list = image_names(Path(source)) if args.kind == "images" else _records(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)

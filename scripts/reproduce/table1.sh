@@ -4,12 +4,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-$VISUAL_TASKS}
+NEEDED_TASKS=${ATTENTION_TASKS// /,}
 NEEDS_FLICKR=1
 LAYERS=${LAYERS:-8}
-whole_number LAYERS 1
+check_settings LAYERS
 
-use_model bunny_llama3_8b
-check_regions LAYERS "sparse:$LAYERS"
+only_model bunny_llama3_8b
+selections=(sparse lower lower-middle upper-middle top hybrid)
+check_regions LAYERS all "${selections[@]/%/:$LAYERS}"
 train_and_evaluate all
 score_attention
 attention=$scores
@@ -18,8 +20,8 @@ influence=$scores
 score weights --metrics parameter_change,angular_distance_weights # both against the backbone's weights (appendix A)
 weights=$scores
 
-for strategy in sparse lower lower-middle upper-middle top hybrid; do
-    train_and_evaluate "$strategy:$LAYERS"
+for selection in "${selections[@]}"; do
+    train_and_evaluate "$selection:$LAYERS"
 done
 for metric in "$attention:image_attention" "$weights:parameter_change" "$influence:block_influence" \
     "$influence:multimodal_block_influence" "$weights:angular_distance_weights"; do

@@ -3,12 +3,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-$VISUAL_TASKS}
-SPECS=${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}
+words_of "${SPECS:-all sparse:16 sparse:8 sparse:6 sparse:4 sparse:2 sparse:1}"
+specs=("${words[@]}")
+check_settings SPECS
 
-use_model bunny_llama3_8b
-words_of "$SPECS"
-check_regions SPECS "${words[@]}"
-for spec in $SPECS; do
+only_model bunny_llama3_8b
+check_regions SPECS "${specs[@]}"
+for spec in "${specs[@]}"; do
     train_and_evaluate "$spec"
 done
 report table2 --table 2 --paper

@@ -6,10 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 TASKS=${TASKS:-mmlu,bbh}
 MODELS=${MODELS:-bunny_llama3_8b llava_7b}
 SPEC=${SPEC:-sparse:8}
+check_settings MODELS SPEC
 
 for model in $MODELS; do
     use_model "$model"
-    check_regions SPEC "$SPEC"
+    check_regions SPEC all "$SPEC"
 done
 for model in $MODELS; do
     use_model "$model"

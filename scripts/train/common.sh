@@ -38,7 +38,7 @@ TUNE_LAYERS=${TUNE_LAYERS:-sparse:25%}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128}
 RECIPE=${RECIPE:-upstream}
 SAVE_STEPS=${SAVE_STEPS:-500}
-DRY_RUN=${DRY_RUN:-0}
+switch DRY_RUN
 PYTHON=${PYTHON:-python}
 
 # LLaVA's train_mem.py asks for flash attention. Where it lies is found without importing anything.
@@ -54,6 +54,13 @@ print(script if os.path.isfile(script) else "")'
     local found
     found=$("$PYTHON" -c "$find" 2>/dev/null) || return 0
     [[ -z $found ]] || { TRAIN_SCRIPT=$found && echo "flash attention is installed: $found" >&2; }
+}
+
+# Numbers that would be read only by what is started.
+check_numbers() {
+    # the trainer takes a part of all steps too
+    [[ $SAVE_STEPS =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]] || die "SAVE_STEPS is '$SAVE_STEPS'; allowed: a number of optimizer steps"
+    [[ -z ${MASTER_PORT:-} ]] || whole_number MASTER_PORT 0
 }
 
 choose_recipe() {
@@ -241,7 +248,8 @@ choose_torchrun() {
 }
 
 launch() {
-    check_layers "$TUNE_LAYERS"
+    check_layers "$TUNE_LAYERS" TUNE_LAYERS
+    check_numbers
     choose_recipe
     choose_mode
     choose_output

@@ -1,5 +1,6 @@
 """`llava-region layers`."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def test_a_model_without_a_region(tmp_path: Path, capsys: pytest.CaptureFixture[
     (model / "region.json").write_text('{"layers": [1, 6], "num_layers": 8}')
     (model / "config.json").unlink()  # the region alone is enough
     assert "\n1,6\n" in run(capsys, "layers", model).out
+
+
+def test_several_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 8}')
+    shown = run(capsys, "layers", tmp_path, "1,6", "sparse:2").out
+    assert shown == run(capsys, "layers", tmp_path, "1,6").out + run(capsys, "layers", tmp_path, "sparse:2").out
+    lines = run(capsys, "layers", tmp_path, "all", "1,6", "--json").out.splitlines()
+    assert [len(json.loads(line)["layers"]) for line in lines] == [8, 2]
+    assert "layer 8 in '8'" in refused(capsys, "layers", tmp_path, "1,6", "8")

@@ -14,7 +14,7 @@ import pytest
 from tests.scripts.test_launchers import SCRIPTS, flags_of, run_script
 
 REPRODUCE = SCRIPTS / "reproduce"
-DRIVERS = sorted(path.stem for path in REPRODUCE.glob("*.sh") if path.stem != "common")
+DRIVERS = sorted(path.stem for path in REPRODUCE.glob("*.sh") if path.stem not in ("common", "checks"))
 VISUAL = "ocrvqa,docvqa,refcocog,tdiuc,mmbench,gqa,scienceqa,textvqa"
 SPARSE_32 = ["all", "sparse:16", "sparse:8", "sparse:6", "sparse:4", "sparse:2", "sparse:1"]
 SPARSE_40 = ["all", "sparse:10", "sparse:9"]
@@ -29,7 +29,7 @@ output() { # FLAG
 }
 case " $* " in
     " -c "*) exit ;; # what is installed: nothing
-    *" check "*) exit ;;
+    *" check "* | *" llava_region layers "*) exit ;;
     *" llava_region.train "*) out=$(output --output_dir)/cost.json text='{}' ;;
     *" llava_region eval "*)
         out=$(output --out)/results.json
@@ -239,6 +239,13 @@ def test_gpus_and_a_bunny_checkout_reach_every_step():
     assert "--nproc_per_node" not in commands[-1]
 
 
+def training_inputs(folder):
+    """Settings that name a data file and an image folder, which are there, and no projector."""
+    data = folder / "records.json"
+    data.touch()
+    return {"DATA": data, "IMAGES": folder, "PROJECTOR": ""}
+
+
 @pytest.fixture
 def fake(tmp_path):
     """Run a driver with a stand-in for Python; returns the commands that were run."""
@@ -246,10 +253,11 @@ def fake(tmp_path):
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
     log = tmp_path / "log"
+    inputs = training_inputs(tmp_path)
 
     def run(driver, ok=True, **env):
         log.write_text("")
-        env = {"PYTHON": python, "FAKE_LOG": log, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "LAUNCHER": "python", **env}
+        env = {"PYTHON": python, "FAKE_LOG": log, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "LAUNCHER": "python", **inputs, **env}
         done = run_script(REPRODUCE / f"{driver}.sh", **env)
         assert (done.returncode == 0) == ok, done.stderr
         return [shlex.split(line) for line in log.read_text().splitlines()]
@@ -283,6 +291,14 @@ def test_tables_share_runs(fake):
     assert [kind(words) for words in fake("table4", MODELS="bunny_llama3_8b")] == ["eval"] * 3 + ["report"]
 
 
+def test_finished_runs_need_no_data(fake, tmp_path):
+    """What a run was trained on may be gone, as far as it is finished."""
+    fake("figure3", MODELS="llava_7b")
+    (tmp_path / "records.json").unlink()
+    assert fake("figure3", MODELS="llava_7b") == []
+    assert fake("figure3", ok=False, MODELS="llava_7b", LLAVA_7B_SPECS="all top:8") == []
+
+
 def test_report_is_made_anew_from_a_younger_evaluation(fake, tmp_path):
     fake("table2", SPECS="all sparse:8")
     results = tmp_path / "results/eval/bunny-llama3-8b-lora-all/results.json"
@@ -292,55 +308,19 @@ def test_report_is_made_anew_from_a_younger_evaluation(fake, tmp_path):
 
 
 def test_step_without_its_output_is_an_error(tmp_path):
-    done = run_script(REPRODUCE / "table2.sh", PYTHON="true", RESULTS=tmp_path, NUM_GPUS=1, LAUNCHER="python")
+    inputs = training_inputs(tmp_path)
+    done = run_script(REPRODUCE / "table2.sh", PYTHON="true", RESULTS=tmp_path, NUM_GPUS=1, LAUNCHER="python", **inputs)
     assert done.returncode == 2 and "ended without" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("driver", "setting", "value", "said"),
-    [
-        *((driver, "TUNE_LAYERS", "all", "a driver chooses the layers of each run; unset it, or train one run with") for driver in DRIVERS),
-        ("table2", "OUT", "mine", "a driver names the folder of each run; unset it, and set RESULTS"),
-        ("table2", "TRAIN_FLAGS", "--bf16 False --tune_layers=all", "TRAIN_FLAGS has --tune_layers, which a driver sets"),
-        ("table1", "TRAIN_FLAGS", "--output-dir x", "TRAIN_FLAGS has --output-dir, which a driver sets"),
-        ("figure3", "PAPER", "yes", "allowed: 0 or 1"),
-        ("table1", "LAYERS", "many", "LAYERS is 'many'; allowed: a whole number"),
-        ("table2", "SPECS", "all sparze:8", "SPECS is 'sparze:8'; allowed: all, layers such as"),
-        ("table3", "LLAVA_13B_SPECS", "all sparse", "LLAVA_13B_SPECS is 'sparse'; allowed: a number of layers"),
-        ("table3", "SPECS", "sparse:8", "SPECS is 'sparse:8', and table3.sh has no such setting; unset it"),
-        ("table2", "SPEC", "sparse:8", "SPEC is 'sparse:8', and table2.sh has no such setting; unset it"),
-        ("table3", "MODELS", "llava_7b llava_9b", "unknown model 'llava_9b'"),
-        ("figure5", "MODELS", "bunny_llama3_8b lava", "unknown model 'lava'"),
-        ("table4", "SPEC", "sparse:x", "SPEC is 'sparse:x'; allowed"),
-        ("figure1", "SETS", "0-3;4-z", "SETS is '4-z'; allowed"),
-        ("figure1", "RECORDS", "0", "RECORDS is '0'; allowed: a whole number, at least 1"),
-        ("figure1", "DROPS", "1 2 -3", "DROPS has '-3'; allowed: whole numbers, at least 1, separated by spaces"),
-        ("figure2", "PERCENTS", "100 ten", "PERCENTS has 'ten'; allowed"),
-        ("figure4", "DROPS", "1,2", "DROPS has '1,2'; allowed"),
-    ],
-)
-@pytest.mark.parametrize("dry", [0, 1])
-def test_settings_are_looked_at_before_the_first_training(tmp_path, driver, setting, value, said, dry):
-    done = run_script(REPRODUCE / f"{driver}.sh", **{"DRY_RUN": dry, "RESULTS": tmp_path / "results", "PYTHON": "false", setting: value})
-    assert done.returncode == 2 and said in done.stderr and not done.stdout and len(done.stderr.splitlines()) == 1, done
-    assert not (tmp_path / "results").exists()
-
-
-def test_regions_are_those_of_the_model(tiny, tmp_path):
-    """Where it is here; a hub name is not asked."""
-    settings = {"DRY_RUN": 1, "RESULTS": tmp_path / "results", "PYTHON": sys.executable, "LLAVA_7B_MODEL": tiny.backbone}
-    done = run_script(REPRODUCE / "table3.sh", **{**settings, "MODELS": "llava_7b", "LLAVA_7B_SPECS": "all 0-7 sparse:9"})
-    assert done.returncode == 2 and "LLAVA_7B_SPECS has 'sparse:9', which is no region of" in done.stderr and not done.stdout
-    done = run_script(REPRODUCE / "table3.sh", **{**settings, "MODELS": "llava_7b", "LLAVA_7B_SPECS": "all 0-7 sparse:8"})
-    assert done.returncode == 0, done.stderr
-
-
 def test_missing_inputs_cost_no_training(tmp_path):
-    from tests.helpers.data_roots import write_scienceqa
+    from tests.helpers.data_roots import write_mmbench, write_scienceqa
+
+    inputs = training_inputs(tmp_path)
 
     def refused(driver, **settings):
-        settings = {"PYTHON": sys.executable, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "EVAL_DATA": tmp_path, **settings}
-        done = run_script(REPRODUCE / f"{driver}.sh", **settings)
+        given = {"PYTHON": sys.executable, "RESULTS": tmp_path / "results", "NUM_GPUS": 1, "EVAL_DATA": tmp_path, **inputs}
+        done = run_script(REPRODUCE / f"{driver}.sh", **given, **settings)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
         assert not (tmp_path / "results").exists()
         return done.stderr
@@ -349,7 +329,14 @@ def test_missing_inputs_cost_no_training(tmp_path):
     assert "lacks mmlu/dev/" in refused("table4")
     assert "unknown task 'docqva'" in refused("figure5", ATTENTION_TASKS="tdiuc docqva")
     write_scienceqa(tmp_path)
+    write_mmbench(tmp_path)
     assert "flickr holds no images" in refused("figure4", TASKS="scienceqa", FLICKR_IMAGES=tmp_path / "flickr")
+    assert "lacks docvqa" in refused("table1", TASKS="scienceqa", ATTENTION_TASKS="docvqa")
+    assert "mmbench keeps its images inside" in refused("figure5", ATTENTION_TASKS="mmbench")
+    (tmp_path / "flickr").mkdir()
+    (tmp_path / "flickr/1.jpg").touch()
+    figure1 = {"TASKS": "scienceqa", "VISUAL_DATA": "scienceqa", "TEXT_DATA": "", "FLICKR_IMAGES": tmp_path / "flickr"}
+    assert "cannot read none.txt" in refused("figure1", TEXT_FILES="none.txt", **figure1)
 
 
 def test_training_can_be_submitted(fake, tmp_path):
