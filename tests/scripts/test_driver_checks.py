@@ -76,7 +76,7 @@ def test_models():
 )  # fmt: skip
 @pytest.mark.parametrize("dry", [0, 1])
 def test_regions_and_numbers(tmp_path, driver, settings, says, dry):
-    assert says in refused(driver, DRY_RUN=dry, RESULTS=tmp_path / "results", **settings)
+    assert says in refused(driver, DRY_RUN=dry, RESULTS=tmp_path / "results", NUM_GPUS=1, **training_inputs(tmp_path), **settings)
     assert not (tmp_path / "results").exists()
 
 
@@ -102,10 +102,10 @@ def test_layers_are_those_of_the_model_that_is_trained(tmp_path):
     assert "SPECS is 'sparce:4'" in refused("table2", MODEL="lmsys/other", SPECS="sparce:4")
 
 
-def test_figure4_may_choose_by_the_scores_that_it_makes(tmp_path):
-    spec = f"{tmp_path}/scores/llava-v1.5-7b-lora-all-angles.json:angular_distance:8"
-    assert regions(listed("figure4", SPEC=spec, PYTHON=sys.executable, RESULTS=tmp_path)) == ["all", spec]
-    assert "makes 33 layers" in refused("figure4", SPEC=spec.replace(":8", ":33"), RESULTS=tmp_path)
+def test_figure4_may_choose_by_the_scores_that_it_makes():
+    spec = "r/scores/llava-v1.5-7b-lora-all-angles.json:angular_distance:8"
+    assert regions(listed("figure4", SPEC=spec, PYTHON=sys.executable)) == ["all", spec]
+    assert "makes 33 layers" in refused("figure4", SPEC=spec.replace(":8", ":33"))
 
 
 def test_a_part_of_the_data_may_be_a_decimal_number():
