@@ -105,14 +105,33 @@ def test_imports_work(page):
                     assert hasattr(parent, name.name) or import_module(f"{node.module}.{name.name}")
 
 
+SHELL = "\n".join(path.read_text() for path in (ROOT / "scripts").rglob("*") if path.suffix in {".sh", ".sbatch"})
+NAME = r"[A-Z][A-Z0-9_]{2,}"
+# in capitals too: variables of other programs, signals, placeholders, arguments of the container recipe
+NO_SETTINGS = {"HF_HOME", "HF_HUB_OFFLINE", "CUDA_HOME", "PWD", "SIGTERM", "SIGKILL", "SIGUSR1", "USR1", "GPU", "MIG", "DIR", "FILE"}
+NO_SETTINGS |= {"UPSTREAM", "EXTRA_PACKAGES"}
+
+
+def is_read(setting: str) -> bool:
+    """Whether a script takes the value of this variable, itself or by its name. Comments do not count."""
+    own = re.sub("^(LLAVA_7B|LLAVA_13B|BUNNY_LLAMA3_8B)_(?!SPECS)", "", setting)
+    lines = re.sub(r"^\s*#.*$", "", SHELL, flags=re.MULTILINE)
+    return bool(re.search(rf"\$\{{?{own}\b|\b(?:whole_number|switch) {own}\b", lines))
+
+
 @pytest.mark.parametrize("name", ["train", "reproduce"])
 def test_settings_exist(name):
-    """Every SETTING=value that the launchers' and drivers' pages name is read by a script, or by the container recipe."""
-    scripts = [path for path in (ROOT / "scripts").rglob("*") if path.suffix in {".sh", ".sbatch"}]
-    read = "\n".join(path.read_text() for path in [*scripts, ROOT / "Dockerfile"])
-    for setting in set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", "\n".join(code(ROOT / "scripts" / name / "README.md")))):
-        own = re.sub(r"^(LLAVA_7B|LLAVA_13B|BUNNY_LLAMA3_8B)_", "", setting)
-        assert re.search(rf"\b{own}\b", read), f"{setting} is read by no script"
+    """Every setting that the launchers' and drivers' pages name, with a value or without, is read by a script."""
+    text = "\n".join(code(ROOT / "scripts" / name / "README.md"))
+    named = set(re.findall(rf"(?<![\w./-])({NAME})(?![\w./-])", text)) - NO_SETTINGS
+    assert len(named) > 10 and [setting for setting in sorted(named) if not is_read(setting)] == []
+
+
+@pytest.mark.parametrize("file", ["train/common.sh", "reproduce/common.sh", "slurm/train.sbatch"])
+def test_settings_that_the_help_lists_exist(file):
+    lines = re.findall(r"^#   ([A-Z].*?)(?:   +|$)", (ROOT / "scripts" / file).read_text(), re.MULTILINE)
+    named = {name for line in lines for name in re.findall(NAME, re.sub(r"=\S*", "", line))}  # without the values
+    assert len(named) > 2 and [setting for setting in sorted(named) if not is_read(setting)] == []
 
 
 def test_readme_lists_every_command_once_with_a_link():
