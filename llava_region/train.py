@@ -233,9 +233,15 @@ def launch(upstream: Upstream, script: str, checked: Preflight, start: Start) ->
     # upstream seeds only when the trainer is built, after LoRA and projector were drawn: two runs would never be alike
     transformers.set_seed(args.seed)
     run = upstream.entry(script)
-    options = {"upstream_version": upstream.version(), "base_model": checked.recipe.model, "start": start}
+    options = {"upstream_version": upstream.version(), "base_model": _named(checked.recipe.model), "start": start}
     with upstream.applied(checked.region, fix_generation_config=args.fix_generation_config, **options):
         run()
+
+
+def _named(model: str | None) -> str | None:
+    """A model as `region.json` names it: a relative folder with ./ in front, as `models/vicuna` alone could be a hub name later."""
+    relative = model and Path(model).is_dir() and not model.startswith((".", "~")) and not Path(model).is_absolute()
+    return f"./{model}" if relative else model
 
 
 def _upstream_of(request: Request) -> Upstream:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_region import upstreams
-from llava_region.checkpoints.model_source import locate
+from llava_region.checkpoints.model_source import ModelSource, locate
 from llava_region.errors import LlavaRegionError
 from llava_region.files import read_json, write_text
 from llava_region.region import Region, layer_ranges, region_record
@@ -53,9 +53,9 @@ def write_card(
 def hub_name(model: str | Path) -> str | None:
     """The hub name of a model, from itself or from where the hub's cache keeps it; None for a folder of another kind."""
     path = Path(model)
-    if path.is_dir():
-        found = next((part for part in path.absolute().parts if part.startswith("models--")), None)
-        return found.removeprefix("models--").replace("--", "/") if found else None
+    cached = next((part for part in path.absolute().parts if part.startswith("models--")), None)  # the folder may be on another machine
+    if cached or path.is_dir():
+        return cached.removeprefix("models--").replace("--", "/") if cached else None
     return str(model) if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)) else None
 
 
@@ -79,7 +79,7 @@ class _Card:
         self.base_name = hub_name(self.base) if self.base else None
         self.run = self._file(RUN_FILE) or {}
         self.cost = cost or self._file(COST_FILE) or {}
-        self.licence = _licence(self.base)
+        self.licence = _licence(self.base, self.base_name)
         self.called = self.base_name or (Path(self.base).name if self.base else "the base model")
 
     def _file(self, name: str) -> dict[str, Any] | None:
@@ -92,7 +92,8 @@ class _Card:
         upstream = self.upstream
         relation = ("adapter" if self.adapter else "finetune") if self.base_name else None
         return ModelCardData(
-            base_model=self.base_name, base_model_relation=relation, library_name="peft" if self.adapter else None,
+            # the hub takes a model for one of transformers' own where no library is named
+            base_model=self.base_name, base_model_relation=relation, library_name="peft" if self.adapter else "llava_region",
             pipeline_tag="image-text-to-text" if upstream else "text-generation",
             tags=["llava_region", "visual-region", *([upstream.name] if upstream else []), *(["lora"] if self.adapter else [])],
             **self.licence,
@@ -109,13 +110,13 @@ class _Card:
         what = f"A LoRA adapter, and what was trained next to it, for a {kind}model" if self.adapter else f"A {kind}model"
         yield f"# {self._title()}"
         yield ""
-        yield f"{what} on {self.called}." if self.base else f"{what}."
+        yield f"{what} on {_plain(self.called)}." if self.base else f"{what}."
         if self.region:
             yield "Of the language model's decoder layers, those of its *visual region* were tuned, and no others."
             yield f"The method is that of {PAPER}."
 
     def _title(self) -> str:
-        name = Path(self.called).name
+        name = _plain(Path(self.called).name)
         return f"{name}, visual region of {len(self.region['layers'])} layers" if self.region else name
 
     def _layers(self) -> Iterator[str]:
@@ -125,7 +126,7 @@ class _Card:
         yield "## Visual region"
         yield ""
         if layers:  # pruning may have taken all of them
-            yield f"{len(layers)} of {count} decoder layers, `{layer_ranges(layers)}`{f' (`{spec}`)' if spec else ''}; `#` is tuned:"
+            yield f"{len(layers)} of {count} decoder layers, `{layer_ranges(layers)}`{f' ({_inline(spec)})' if spec else ''}; `#` is tuned:"
             yield ""
             yield f"    {Region(tuple(layers), count, spec).map_line()}"
         else:
@@ -156,7 +157,7 @@ class _Card:
         if mode := MODES.get(str(self.region.get("mode"))):
             yield "tuned by", mode
         if tower := self.upstream.vision_tower(self.config) if self.upstream else None:
-            yield "vision tower", hub_name(tower) or Path(tower).name
+            yield "vision tower", _plain(hub_name(tower) or Path(tower).name)
         batch, cost = self.run.get("batch", {}), self.cost
         if batch:
             each, times, devices = (batch[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "devices"))
@@ -173,9 +174,9 @@ class _Card:
         if self.run:
             yield "<details><summary>Flags that decided the training</summary>"
             yield ""
-            yield "```"
-            yield from (f"--{name} {_shown(value)}" for name, value in sorted(flags.items()) if value is not None)
-            yield "```"
+            lines = [f"--{name} {_shown(value)}" for name, value in sorted(flags.items()) if value is not None and not _secret(name, value)]
+            fence = _fence("\n".join(lines), 3)
+            yield from (fence, *lines, fence)
             yield "</details>"
 
     def _use(self) -> Iterator[str]:
@@ -191,40 +192,86 @@ class _Card:
             yield from _code(*lines)
         if self.adapter:
             yield ""
-            yield f"With PEFT, the language model alone (the trained projector is in `{NON_LORA_FILE}`):"
-            yield from _code(
-                "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
-                f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), 'FOLDER')",
-            )  # fmt: skip
+            yield f"With PEFT, without what was trained next to the adapter (the projector, in `{NON_LORA_FILE}`):"
+            known, read = self._code_for_base(base)
+            yield from _code(*sorted(("from peft import PeftModel", known)), "", f"model = PeftModel.from_pretrained({read}, 'FOLDER')")
+
+    def _code_for_base(self, base: str) -> tuple[str, str]:
+        """The import and the expression that load the base without its adapter, by what the base's config says if it is on this machine."""
+        try:
+            source = ModelSource.of(self.base) if self.base else None
+            upstreams_own, own_code = source and source.upstream, source and "auto_map" in source.config
+        except LlavaRegionError:  # it is not here
+            upstreams_own = own_code = None
+        if upstreams_own:  # which transformers alone does not know
+            return "from llava_region import load", f"load({base!r}).model"
+        more = ", trust_remote_code=True" if own_code else ""
+        return "from transformers import AutoModelForCausalLM", f"AutoModelForCausalLM.from_pretrained({base!r}{more})"
 
     def _licence(self) -> Iterator[str]:
         yield "## Licence"
         yield ""
         if name := self.licence.get("license_name") or self.licence.get("license"):
-            yield f"That of {self.called} ({name}), and those of the vision tower and of the training data."
+            yield f"That of {_plain(self.called)} ({name}), and those of the vision tower and of the training data."
         else:
-            yield f"Those of {self.called}, of the vision tower and of the training data. State them before you publish this."
+            yield f"Those of {_plain(self.called)}, of the vision tower and of the training data. State them before you publish this."
 
 
 def _shown(value: Any) -> str:
-    """A flag's value; of a path its last part."""
+    """A flag's value; of a path of this machine, also within a longer text, the last part."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return shlex.quote(Path(text).name if Path(text).is_absolute() else text)
+    whole = re.match(r"(/|~|\.{1,2}/)", text)
+    return shlex.quote(Path(text).name if whole else _PATH.sub(lambda found: Path(found[0]).name, text))
+
+
+_PATH = re.compile(r"(?<![\w./:~-])(?:~|\.{1,2})?/[^\s'\",:;=\[\]{}()]+")
+
+
+def _secret(name: str, value: Any) -> bool:
+    """Whether a flag's value is none to publish, by the flag's name or its own form."""
+    named = re.search(r"(^|_)(token|secret|password|api_?key|credentials?)$", name)
+    formed = re.search(r"\bhf_\w{10}|\bsk-[\w-]{16}|://[^/\s@]+@", json.dumps(value))
+    return (isinstance(value, str) and bool(named)) or bool(formed)
+
+
+def _plain(text: str) -> str:
+    """A name in prose, a heading or a table: what Markdown or HTML would read as a sign is escaped."""
+    return re.sub(r"([\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def _inline(text: str) -> str:
+    """A text as inline code."""
+    fence = _fence(text, 1)
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks that a code of this text can stand between."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _code(*lines: str) -> Iterator[str]:
     yield from ("", "```python", *lines, "```")
 
 
-def _licence(base: str | Path | None) -> dict[str, Any]:
-    """What the base's own card says of its licence, as far as the card is on this machine."""
+def _licence(base: str | Path | None, base_name: str | None) -> dict[str, Any]:
+    """What the base's own card says of its licence, as far as the card is on this machine; else, of a base on the hub, where it says so."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
+    page = f"https://huggingface.co/{base_name}" if base_name else None
     try:
         card = locate(base) / CARD_FILE if base else None
         data = ModelCard.load(card).data if card and card.is_file() else None
     except (LlavaRegionError, ValueError, YAMLError):  # it is not here, or its card holds no metadata
-        return {}
-    found = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
-    return {name: value for name, value in found.items() if value}
+        data = None
+    names = ("license", "license_name", "license_link")
+    found = {name: value for name in names if (value := getattr(data, name, None))}
+    if not found and page:
+        return {"license": "other", "license_name": "that-of-the-base-model", "license_link": page}
+    link = found.get("license_link", "")
+    if link and "://" not in link:  # a file next to the base's card
+        del found["license_link"]
+        if page:
+            found["license_link"] = f"{page}/blob/main/{link.removeprefix('./')}"
+    return found

@@ -1,8 +1,9 @@
 """The card of a run, a checkpoint, a merged, pruned and reverted model: what the hub reads, nothing of this machine, code that works."""
 
 import json
-import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from llava_region import LlavaRegionError, merge, prune, revert
 from llava_region.checkpoints.model_card import MARK, hub_name, write_card
+from tests.helpers.model_cards import code_of, run_code
 from tests.helpers.training_runs import LORA, llava_flags, train
 
 
@@ -45,7 +47,7 @@ def test_the_hub_reads_it_and_it_names_no_folder_of_this_machine(models, tiny, n
     data = ModelCard(text).data
     assert MARK in text and "[More Information Needed]" not in text
     assert data.pipeline_tag == "image-text-to-text" and {"llava_region", "visual-region", "llava"} <= set(data.tags)
-    assert (data.library_name, "lora" in data.tags) == (("peft", True) if name in ("run", "checkpoint") else (None, False))
+    assert (data.library_name, "lora" in data.tags) == (("peft", True) if name in ("run", "checkpoint") else ("llava_region", False))
     assert data.base_model is None, "a folder's name is none of the hub"
     assert str(tiny.backbone.parent) not in text and str(models[name].parent) not in text and "/tmp" not in text
     assert "vicuna-tiny" in text and "aclanthology.org/2025.acl-long.1484" in text
@@ -84,16 +86,8 @@ def test_what_it_says(models, name, lines):
 @pytest.mark.parametrize("name", NAMES[:1] + NAMES[2:])
 def test_its_code_loads_the_model(models, tiny, name):
     """As it stands, with the two places filled in: this package, LLaVA, and for an adapter PEFT."""
-    blocks = re.findall(r"```python\n(.*?)```", (models[name] / "README.md").read_text(), re.S)
-    assert len(blocks) == (3 if name == "run" else 2)
-    for code in blocks:
-        code = code.replace("FOLDER", str(models[name])).replace("PATH/TO/vicuna-tiny", str(tiny.backbone))
-        code = code.replace(")\n", ", device='cpu')\n") if "load_pretrained_model(" in code else code  # there is no GPU here
-        found: dict = {}
-        exec(code, found)
-        model = found["loaded"].model if "loaded" in found else found["model"]
-        layers = [name for name, _ in model.named_parameters() if name.endswith("input_layernorm.weight")]
-        assert len(layers) == (7 if name == "llava-pruned" else 8)
+    loaded = run_code(models[name], {"PATH/TO/vicuna-tiny": tiny.backbone})
+    assert [len(layers) for layers in loaded] == [7 if name == "llava-pruned" else 8] * (3 if name == "run" else 2)
 
 
 def test_a_base_from_the_hub_and_its_licence(run, tiny, tmp_path):
@@ -112,13 +106,31 @@ def test_a_base_from_the_hub_and_its_licence(run, tiny, tmp_path):
     assert ModelCard(text).data.base_model_relation == "adapter" and "load('FOLDER', 'lmsys/vicuna-tiny')" in text
     (base / "README.md").write_text("---\n: [\n---\n")
     write_card(tmp_path / "run", base=base)
-    assert ModelCard.load(tmp_path / "run" / "README.md").data.license is None
+    data = ModelCard.load(tmp_path / "run" / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == (
+        "other", "that-of-the-base-model", "https://huggingface.co/lmsys/vicuna-tiny",
+    )  # fmt: skip
+
+
+def test_a_licence_that_is_a_file_next_to_the_bases_card(run, tiny, tmp_path):
+    """Llama 3's is: the link would lead nowhere from another repository."""
+    for parent, link in (("models--meta--llama/snapshots/0a1b", "https://huggingface.co/meta/llama/blob/main/LICENSE"), ("llama", None)):
+        base = tmp_path / parent
+        base.mkdir(parents=True)
+        (base / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n# Llama\n")
+        shutil.copytree(run, tmp_path / f"{base.name}-run")
+        write_card(tmp_path / f"{base.name}-run", base=base)
+        data = ModelCard.load(tmp_path / f"{base.name}-run" / "README.md").data
+        assert (data.license, data.license_name, data.license_link) == ("other", "llama3", link)
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"), ("/models/vicuna", None), ("./vicuna", None), ("a/b/c", None), ("vicuna", None)],
-)
+    [
+        ("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"), ("/models/vicuna", None), ("./vicuna", None), ("a/b/c", None), ("vicuna", None),
+        ("./models/vicuna", None), ("/elsewhere/hub/models--lmsys--vicuna-7b-v1.5/snapshots/0a1b", "lmsys/vicuna-7b-v1.5"),
+    ],
+)  # fmt: skip
 def test_hub_names(model, name):
     assert hub_name(model) == name
 
@@ -164,6 +176,95 @@ def test_a_spec_that_names_a_file_and_a_tower_of_the_hub(run, tmp_path):
         "(`scores.json:image_attention:2`)" in text and "--tune_layers scores.json:image_attention:2\n" in text and "/home/me" not in text
     )
     assert "| vision tower | openai/clip-vit-large-patch14-336 |" in text
+
+
+def changed(source: Path, folder: Path, /, **files: dict) -> str:
+    """The card of a copy of a run in which the given files (`region`, `run`, ...) say something else."""
+    shutil.copytree(source, folder)
+    for name, changes in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(json.loads((folder / f"{name}.json").read_text()) | changes))
+    write_card(folder)
+    return (folder / "README.md").read_text()
+
+
+def test_no_secret_and_no_path_within_a_text(run, tmp_path):
+    flags = {
+        "optim_args": "file=/home/me/x.json,rank=8", "kwargs": {"a": "~/me/b", "c": "../me/d"}, "hub": "org/name", "note": "./me/e.py",
+        "hf_token": "abc", "api_key": "0123", "mm_use_im_patch_token": False, "other": "hf_abcdefghijklmnop", "url": "https://me:pw@host/x",
+        "page": "https://host/x",
+    }  # fmt: skip
+    text = changed(run, tmp_path / "run", run={"flags": flags})
+    for line in (
+        "--optim_args file=x.json,rank=8", """--kwargs '{"a": "b", "c": "d"}'""", "--hub org/name", "--note e.py",
+        "--mm_use_im_patch_token false", "--page https://host/x",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in text, text
+    assert not any(word in text for word in ("/me/", "abc", "0123", "hf_", "pw@"))
+
+
+def test_names_that_markdown_would_read(run, tmp_path):
+    base = "/models/my*model*[1]<b>|x_"
+    text = changed(
+        run, tmp_path / "run", region={"base_model": base, "spec": "a`b.json:m:2"}, config={"mm_vision_tower": "/t/a|b"},
+        run={"flags": {"note": "```\n# heading"}},
+    )  # fmt: skip
+    assert "# my\\*model\\*\\[1\\]\\<b\\>\\|x\\_, visual region of 2 layers\n" in text
+    assert "| vision tower | a\\|b |\n" in text and "(`` a`b.json:m:2 ``)" in text
+    assert text.count("\n````\n") == 2 and "load('FOLDER', 'PATH/TO/my*model*[1]<b>|x_')" in text
+    assert ModelCard(text).data.tags
+
+
+def test_a_base_with_code_of_its_own(run, tiny, tmp_path):
+    """As MiniCPM, which Bunny trains: transformers asks before it runs it."""
+    base = tmp_path / "minicpm"
+    shutil.copytree(tiny.backbone, base)
+    code_free = changed(run, tmp_path / "run", region={"base_model": str(base)})
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"auto_map": {}}))
+    text = changed(run, tmp_path / "other", region={"base_model": str(base)})
+    assert "from_pretrained('PATH/TO/minicpm', trust_remote_code=True)" in text and "trust_remote_code" not in code_free
+
+
+def test_a_run_without_cost_or_flags_and_with_many_layers(run, tiny, tmp_path):
+    """A run of an earlier version, and a spec that names each of many layers."""
+    shutil.copytree(run, tmp_path / "old")
+    for name in ("cost.json", "run.json", "README.md"):
+        (tmp_path / "old" / name).unlink()
+    layers = list(range(0, 160, 2))
+    text = changed(tmp_path / "old", tmp_path / "run", region={"layers": layers, "num_layers": 160, "spec": ",".join(map(str, layers))})
+    assert "cost" not in text and "Flags" not in text and "80 of 160 decoder layers" in text
+    assert max(map(len, text.split("---")[1].splitlines())) < 80, "nothing of it in what the hub indexes"
+
+
+def test_a_relative_base_is_no_hub_name_later(tiny, tmp_path, monkeypatch):
+    from llava_region.train import _named
+
+    (tmp_path / "models" / "vicuna").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert _named("models/vicuna") == "./models/vicuna" and hub_name(_named("models/vicuna")) is None
+    assert [_named(name) for name in ("lmsys/vicuna", "./models/vicuna", str(tmp_path), None)] == [
+        "lmsys/vicuna", "./models/vicuna", str(tmp_path), None,
+    ]  # fmt: skip
+
+
+def test_full_runs_and_adapters_on_a_llava_model(tiny, tmp_path):
+    """The code of each card loads: a full run, what is pruned of it, and a LoRA run that started from a LLaVA model."""
+    out = tmp_path / "llava-full"
+    done = train([*llava_flags(tiny, out, max_steps=1, dry_run_step=False), "--tune_layers", "1,6"])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    prune(out, tmp_path / "llava-less", layers="3")
+    lora = tmp_path / "llava-lora-second"
+    done = train([*llava_flags(tiny, lora, **LORA, model_name_or_path=out, max_steps=1, dry_run_step=False), "--tune_layers", "2"])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for folder, mode in ((out, "full tuning"), (tmp_path / "llava-less", "full tuning"), (lora, "LoRA")):
+        assert f"| tuned by | {mode} |" in (folder / "README.md").read_text()
+        places = {"PATH/TO/vicuna-tiny": tiny.backbone, "PATH/TO/llava-full": out}
+        loaded = run_code(folder, places)
+        assert len(loaded) == (3 if folder == lora else 2)
+        assert all(len(layers) == (7 if folder.name == "llava-less" else 8) for layers in loaded)
+    peft = code_of(lora, places)[-1]
+    assert "PeftModel" in peft
+    done = subprocess.run([sys.executable, "-c", peft], capture_output=True, text=True)  # where nothing has imported LLaVA yet
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_damaged_record_is_an_error(run, tmp_path):

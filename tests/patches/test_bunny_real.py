@@ -28,6 +28,7 @@ from llava_region.models import loading as models
 from llava_region.patches import bunny
 from tests.helpers import bunny_models
 from tests.helpers.bunny_models import bunny_flags, write_bunny
+from tests.helpers.model_cards import run_code
 from tests.helpers.training_runs import LORA, adapter, environment, layers_of, projector, same, train
 
 BF16 = {"bf16": True}
@@ -86,6 +87,10 @@ def test_every_model_type(tiny_bunny, tmp_path, model_type, capsys):
     region = json.loads((out / "region.json").read_text())
     assert (region["layers"], region["num_layers"], region["upstream"], region["mode"]) == ([1, 6], 8, "bunny", "lora")
     check_loading(out, files)
+    # of some, this transformers has no class: their own code comes with the real models
+    known = json.loads((files.backbone / "config.json").read_text())["model_type"] not in ("phi3", "minicpm", "stablelm_epoch")
+    blocks = run_code(out, {f"PATH/TO/{files.backbone.name}": files.backbone}, blocks=3 if known else 2)
+    assert [len(layers) for layers in blocks] == [8] * (3 if known else 2)
 
 
 def check_loading(out, files):
