@@ -4,8 +4,8 @@
 
 driver=$(basename "$0")
 
-# SETTING...: of the settings that say what is trained and pruned, those that this driver reads. The others would change nothing, silently.
-# Settings with a model's name may be set for other drivers.
+# SETTING...: those that this driver reads, of the settings that are easily mistaken for one another: the others would change nothing,
+# silently. The rest may be set for other drivers.
 check_settings() {
     local reads=${*:-no setting for that} setting
     [[ -z ${TUNE_LAYERS:-} ]] ||
@@ -13,7 +13,7 @@ check_settings() {
     [[ -z ${OUT:-} ]] || die "OUT is '$OUT', but a driver names the folder of each run; unset it, and set RESULTS to write elsewhere"
     [[ ! " ${TRAIN_FLAGS:-}" =~ [[:space:]]--(tune[_-]layers|output[_-]dir)([=[:space:]]|$) ]] ||
         die "TRAIN_FLAGS has --${BASH_REMATCH[1]}, which a driver sets for each run; leave it out"
-    for setting in SPECS SPEC LAYERS PERCENTS DROPS SETS; do
+    for setting in SPECS SPEC LAYERS; do
         [[ -z ${!setting:-} || " $* " == *" $setting "* ]] ||
             die "$setting is '${!setting}', and $driver has no such setting; unset it ($driver reads $reads)"
     done

@@ -31,7 +31,7 @@ def test_what_a_driver_sets_itself(driver):
     ("driver", "setting", "reads"),
     [
         ("table3", "SPECS", "LLAVA_13B_SPECS"), ("table4", "SPECS", "SPEC"), ("table2", "SPEC", "SPECS"), ("table2", "LAYERS", "SPECS"),
-        ("table1", "SPECS", "LAYERS"), ("table2", "PERCENTS", "SPECS"), ("figure1", "SPEC", "MODELS"), ("figure4", "SETS", "DROPS"),
+        ("table1", "SPECS", "LAYERS"), ("figure1", "SPEC", "MODELS"),
     ],
 )  # fmt: skip
 def test_what_another_driver_reads(driver, setting, reads):
@@ -44,7 +44,8 @@ def test_models():
     assert "unknown model 'lava'" in refused("figure5", MODELS="bunny_llama3_8b lava")
     assert "set BUNNY_LLAMA3_8B_SPECS" in refused("table3", MODELS="llava_7b bunny_llama3_8b")
     assert "table2.sh is about bunny_llama3_8b alone" in refused("table2", MODELS="llava_7b")
-    assert listed("table2", MODELS="llava_7b bunny_llama3_8b", SPECS="all", LLAVA_7B_SPECS="all"), "one environment for all drivers"
+    others = {"LLAVA_7B_SPECS": "all", "DROPS": "1 2", "PERCENTS": "10", "SETS": "0-3"}
+    assert listed("table2", MODELS="llava_7b bunny_llama3_8b", SPECS="all", **others), "one environment for all drivers"
 
 
 @pytest.mark.parametrize(
